@@ -1,0 +1,1 @@
+"""Where results live: paths, atomic writes, schemas, snapshots and the DuckDB catalog."""

@@ -1,0 +1,166 @@
+"""Small frozen values that steps pass to each other instead of data.
+
+A reference names objects in a warehouse; every one is hashable, picklable and cheap to log.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from storage.fingerprint import fingerprint
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What a step returns: its reference, and whether the warehouse already held it."""
+
+    ref: T
+    cached: bool
+
+
+@dataclass(frozen=True, order=True)
+class ShardRef:
+    """One immutable Parquet file of samples; `name` is the hash of its content."""
+
+    pool: str
+    name: str
+    rows: int
+
+    @property
+    def path(self) -> str:
+        """Where the shard's samples are, relative to the warehouse."""
+        return f"pools/{self.pool}/{self.name}.parquet"
+
+
+@dataclass(frozen=True)
+class PoolRef:
+    """A pool as it stood when the reference was made: its shards, ordered by name."""
+
+    name: str
+    shards: tuple[ShardRef, ...]
+
+    @property
+    def rows(self) -> int:
+        """Samples in all shards together."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: the pool's name and its shards' hashes."""
+        return fingerprint([self.name, [shard.name for shard in self.shards]])
+
+
+@dataclass(frozen=True)
+class SignalRef:
+    """One signal's tables, one a shard, all measured the same way."""
+
+    signal: str
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        """Where the signal's tables are, relative to the warehouse."""
+        return f"signals/{self.signal}@{self.fingerprint}"
+
+    def table(self, shard: ShardRef) -> str:
+        """Path of the signal's table for one shard: its rows are that shard's, in the same order."""
+        return f"{self.folder}/{shard.name}.parquet"
+
+
+@dataclass(frozen=True)
+class PairsRef:
+    """Pair tables of one kind that together cover the shards they were asked for."""
+
+    kind: str
+    fingerprint: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DecisionsRef:
+    """Decision tables of one policy over one pool, one a shard."""
+
+    fingerprint: str
+    folder: str
+
+    def table(self, shard: ShardRef) -> str:
+        """Path of the decisions on one shard's samples, in the shard's order."""
+        return f"{self.folder}/{shard.name}.parquet"
+
+    @property
+    def record(self) -> str:
+        """Path of the record, written when all tables are there."""
+        return f"{self.folder}/record.json"
+
+
+@dataclass(frozen=True)
+class SnapshotRef:
+    """A published, numbered and immutable decision on a dataset."""
+
+    dataset: str
+    number: int
+
+    @property
+    def manifest(self) -> str:
+        """Path of the manifest whose existence is the publication."""
+        return f"snapshots/{self.dataset}/manifests/{self.number:08d}.json"
+
+    def __str__(self) -> str:
+        return f"{self.dataset}@{self.number}"
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """One training: its record and adapter lie under `runs/<run_id>/`."""
+
+    run_id: str
+
+    @property
+    def folder(self) -> str:
+        """Where the run's files are, relative to the warehouse."""
+        return f"runs/{self.run_id}"
+
+    @property
+    def adapter(self) -> str:
+        """Folder of the PEFT adapter (adapter_config.json, adapter_model.safetensors)."""
+        return f"{self.folder}/adapter"
+
+    @property
+    def table(self) -> str:
+        """One-row Parquet table of the `runs` view, written last: it exists when the run finished."""
+        return f"{self.folder}/run.parquet"
+
+
+@dataclass(frozen=True)
+class EvaluationRef:
+    """One evaluation of a model on a split of a snapshot."""
+
+    evaluation_id: str
+
+    @property
+    def table(self) -> str:
+        """One-row Parquet table of the `evaluations` view, written last."""
+        return f"evaluations/{self.evaluation_id}/evaluation.parquet"
+
+    @property
+    def answers(self) -> str:
+        """Parquet table of every prompt, expected and generated answer."""
+        return f"evaluations/{self.evaluation_id}/answers.parquet"
+
+
+@dataclass(frozen=True)
+class MergeRef:
+    """One merge of an adapter into its base model."""
+
+    merge_id: str
+
+    @property
+    def model(self) -> str:
+        """Folder of the merged model (safetensors, config, processor)."""
+        return f"merges/{self.merge_id}/model"
+
+    @property
+    def table(self) -> str:
+        """One-row Parquet table of the `merges` view, written last."""
+        return f"merges/{self.merge_id}/merge.parquet"

@@ -1,0 +1,138 @@
+"""The Arrow schema of every table, with what each column means in its field's metadata."""
+
+import pyarrow as pa
+
+
+def column(name: str, kind: pa.DataType, description: str, *, nullable: bool = True) -> pa.Field:
+    """Return a field that carries its description and unit, as Parquet readers and the catalog show it."""
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+SAMPLE_ID = column(
+    "sample_id", pa.string(), "128 bits of sha256 over key, image bytes and caption, 32 hex digits"
+)
+
+SAMPLES = pa.schema(
+    [
+        SAMPLE_ID,
+        column("key", pa.string(), "the source's own key"),
+        column(
+            "image",
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+            "original bytes as they came and the name they had; the layout of datasets' Image feature",
+        ),
+        column("caption", pa.string(), "caption as it came"),
+        column("url", pa.string(), "where the image was downloaded from, if the source says"),
+        column(
+            "source",
+            pa.struct([("path", pa.string()), ("member", pa.string())]),
+            "file the sample came from, and the member or row in it",
+        ),
+        column("metadata", pa.string(), "all other fields of the source as a JSON object"),
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        column(
+            "quarantine_id", pa.string(), "32 hex digits over source, reason and digest: the same fault once"
+        ),
+        column("key", pa.string(), "the source's own key"),
+        SAMPLES.field("source"),
+        column("reason", pa.string(), "what is wrong, one word with underscores: truncated, not_an_image, …"),
+        column("detail", pa.string(), "the error's own words"),
+        column("digest", pa.string(), "sha256 of the bytes, or null if there were none"),
+        column("size", pa.int64(), "bytes"),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        column("left_id", pa.string(), "sample_id; `left` alone is a reserved word in SQL"),
+        column("right_id", pa.string(), "sample_id, greater than left_id"),
+        column("distance", pa.float32(), "0 for equal bytes or pixels, differing bits of 64, or 1 - cosine"),
+    ]
+)
+
+DECISIONS = pa.schema(
+    [
+        SAMPLE_ID,
+        column("kept", pa.bool_(), "true if no condition failed and the sample is nobody's duplicate"),
+        column(
+            "failed", pa.list_(pa.string()), "names of all conditions the sample fails, in the policy's order"
+        ),
+        column("duplicate_of", pa.string(), "sample_id of the kept sample that stands in its place"),
+        column("duplicate_rule", pa.string(), "the duplicate rule that joins the two"),
+        column("duplicate_distance", pa.float32(), "their distance under that rule"),
+    ]
+)
+
+SPLIT = column("split", pa.string(), "train, validation or test: a function of the duplicate group")
+
+CURATED = SAMPLES.append(SPLIT)
+"""Columns every curated shard begins with; the signals the snapshot was decided on follow (embeddings excepted)."""
+
+HOLDOUT = pa.schema([SAMPLE_ID, SPLIT])
+"""Every sample a dataset has ever published as validation or test: it never moves to train."""
+
+RUNS = pa.schema(
+    [
+        column(
+            "run_id", pa.string(), "fingerprint of recipe, snapshot, base model and code version of the step"
+        ),
+        column("recipe", pa.string(), "the training configuration as JSON"),
+        column("dataset", pa.string(), "dataset of the snapshot trained on"),
+        column("snapshot", pa.int64(), "number of the snapshot trained on"),
+        column("base_model", pa.string(), "path or hub name as given"),
+        column("base_model_fingerprint", pa.string(), "over the base model's files, or its hub revision"),
+        column("chat_template_fingerprint", pa.string(), "over the template's text"),
+        column("adapter_uri", pa.string(), "folder of the adapter"),
+        column("parent_run", pa.string(), "run whose adapter this one started from"),
+        column("samples", pa.int64(), "rows trained on"),
+        column("steps", pa.int64(), "optimizer steps"),
+        column("train_loss", pa.float64(), "mean over the last logged interval, nats per supervised token"),
+        column("metrics_uri", pa.string(), "Parquet table of all logged metrics"),
+        column("seconds", pa.float64(), "wall time of training, s"),
+        column("device", pa.string(), "device trained on"),
+        column("code_version", pa.string(), "version of Tamis"),
+        column("created_at", pa.string(), "ISO 8601, UTC"),
+    ]
+)
+
+EVALUATIONS = pa.schema(
+    [
+        column(
+            "evaluation_id",
+            pa.string(),
+            "fingerprint of model, adapter, snapshot, split and generation settings",
+        ),
+        column("run_id", pa.string(), "run whose adapter was on; null for the base model alone"),
+        column("base_model", pa.string(), "path or hub name as given"),
+        column("dataset", pa.string(), "dataset of the snapshot"),
+        column("snapshot", pa.int64(), "number of the snapshot"),
+        column("split", pa.string(), "split the prompts came from"),
+        column("samples", pa.int64(), "prompts answered"),
+        column(
+            "exact_match", pa.float64(), "share of answers equal to the expected one after normalisation, 0–1"
+        ),
+        column("exact_match_low", pa.float64(), "lower end of the 95 % interval"),
+        column("exact_match_high", pa.float64(), "upper end of the 95 % interval"),
+        column("answers_uri", pa.string(), "Parquet table of every prompt and answer"),
+        column("seconds", pa.float64(), "wall time, s"),
+        column("created_at", pa.string(), "ISO 8601, UTC"),
+    ]
+)
+
+MERGES = pa.schema(
+    [
+        column("merge_id", pa.string(), "fingerprint of run, base model and method"),
+        column("run_id", pa.string(), "run whose adapter was merged"),
+        column("method", pa.string(), "how: dequantize, then merge"),
+        column("model_uri", pa.string(), "folder of the merged model"),
+        column("kl_per_token", pa.float64(), "mean KL(adapter on base ‖ merged) over compared tokens, nats"),
+        column("max_logit_difference", pa.float64(), "largest absolute difference of a logit"),
+        column("agreement", pa.float64(), "share of compared tokens with the same most likely token, 0–1"),
+        column("tokens", pa.int64(), "tokens compared"),
+        column("created_at", pa.string(), "ISO 8601, UTC"),
+    ]
+)

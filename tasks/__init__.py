@@ -1,0 +1,1 @@
+"""What each step does: plain typed functions that run without an orchestrator."""

@@ -1,0 +1,1 @@
+"""From a source of image-caption pairs to a published snapshot."""

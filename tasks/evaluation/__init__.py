@@ -1,0 +1,1 @@
+"""Generation on held-out samples and the metrics over it."""

@@ -1,0 +1,1 @@
+"""Checks, data and the training process itself."""
