@@ -1,6 +1,6 @@
 """Scenes of coloured shapes: what the offline sample pool's images show and its captions say.
 
-A scene is drawn, rendered and described from explicit random generators only, so that every process gets the same bytes.
+Drawing, rendering and describing use explicit random generators only, so every process gets the same bytes.
 """
 
 import math
@@ -58,7 +58,13 @@ _OPPOSITES = {
     "bottom left": "top right",
 }
 # Pairs that even a person would confuse at thumbnail size.
-_INVISIBLE = {("white", "white"), ("yellow", "white"), ("white", "beige"), ("yellow", "beige"), ("black", "black")}
+_INVISIBLE = {
+    ("white", "white"),
+    ("yellow", "white"),
+    ("white", "beige"),
+    ("yellow", "beige"),
+    ("black", "black"),
+}
 
 _SUPERSAMPLE = 4
 _CLOUD_CELLS = 6
@@ -68,7 +74,7 @@ _GRAIN_AMPLITUDE = 8.0
 
 @dataclass(frozen=True)
 class Group:
-    """Between one and four equal shapes in one part of the image; words as in `COLOURS`, `SHAPES`, `SIZES`, `POSITIONS`."""
+    """One to four equal shapes in one part of the image, in the words of `COLOURS`, `SHAPES` and so on."""
 
     count: int
     colour: str
@@ -84,7 +90,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one or two groups; of two groups the first has the larger shapes and shares no colour or shape."""
+    """A background and one or two groups.
+
+    Of two groups the first has the larger shapes, and they differ in colour, shape and position.
+    """
 
     background: str
     groups: tuple[Group, ...]
@@ -100,7 +109,7 @@ class Scene:
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Draw a scene: three in five have two groups, in opposite parts of the image; colours always stand out."""
+    """Draw a scene: three in five have two groups, in opposite parts of the image."""
     background = rng.choice(list(BACKGROUNDS))
     visible = [colour for colour in COLOURS if (colour, background) not in _INVISIBLE]
     colours = rng.sample(visible, 2)
@@ -116,17 +125,17 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def render(scene: Scene, *, size: tuple[int, int], seed: int | str) -> Image.Image:
-    """Render `scene` as an RGB image of `size` (width, height) pixels, antialiased, on a softly clouded background.
+    """Render `scene` as an antialiased RGB image of `size` (width, height) pixels, softly clouded.
 
-    `seed` moves the shapes within their part of the image and draws the texture: another seed gives another picture of the
-    same scene, the same seed gives the same pixels.
+    `seed` moves the shapes within their part of the image and draws the texture: another seed gives another
+    picture of the same scene, the same seed gives the same pixels.
     """
     rng = random.Random(f"render {seed}")
     image = _background(BACKGROUNDS[scene.background], size, rng)
-    # Both groups take their scale from the tighter one, so that "large" is larger than "small" in every image.
+    # Both groups take their scale from the tighter one, so that "large" is larger than "small" everywhere.
     reach = min(_reach(group, size) for group in scene.groups)
     for group in scene.groups:
-        share = rng.uniform(0.80, 0.92) if group.size == "large" else rng.uniform(0.44, 0.52)
+        share = rng.uniform(0.84, 0.95) if group.size == "large" else rng.uniform(0.50, 0.57)
         _paste_group(image, group, radius=max(3.0, reach * share), rng=rng)
     return image
 
@@ -171,7 +180,7 @@ def _paste_group(image: Image.Image, group: Group, *, radius: float, rng: random
     for column, row in cells:
         x = left * image.width + (column + 0.5) * cell_width + rng.uniform(-slack_x, slack_x)
         y = top * image.height + (row + 0.5) * cell_height + rng.uniform(-slack_y, slack_y)
-        tint = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[group.colour])
+        tint = tuple(min(255, max(0, value + rng.randint(-6, 6))) for value in COLOURS[group.colour])
         mask = _mask(group.shape, radius, math.radians(rng.uniform(-12, 12)))
         image.paste(tint, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
@@ -228,7 +237,7 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "bottom right": ("in the bottom right corner", "at the bottom right"),
 }
 
-# Each phrasing takes the listed groups ("two red circles on the left and a blue star on the right") and the background.
+# Each phrasing takes the groups ("a red ring on the left and two blue stars on the right") and the background.
 _PHRASINGS: tuple[Callable[[str, str], str], ...] = (
     lambda groups, background: f"A picture of {groups} with a {background} background",
     lambda groups, background: f"This image shows {groups}, and the background is {background}.",
@@ -242,7 +251,7 @@ _PHRASINGS: tuple[Callable[[str, str], str], ...] = (
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """An English caption of 6 to 30 words naming every group's count, colour, shape and position, and the background."""
+    """An English caption of 6 to 30 words naming background, counts, colours, shapes and places."""
     parts = [_group_words(group, rng) for group in scene.groups]
     rng.shuffle(parts)
     caption = rng.choice(_PHRASINGS)(rng.choice((" and ", ", with ", " together with ")).join(parts), scene.background)
