@@ -47,9 +47,7 @@ def folder_digest(folder: Path) -> str:
     """Return a fingerprint of all files below `folder`: their relative names and bytes. Hidden files are ignored."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
-        raise FileNotFoundError(
-            f"{folder}: no files to fingerprint. Give a folder that holds the model's files."
-        )
+        raise FileNotFoundError(f"{folder}: no files to fingerprint. Give a folder that holds the model's files.")
     return fingerprint({str(p.relative_to(folder).as_posix()): file_digest(p) for p in files})
 
 
@@ -67,16 +65,12 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, BaseModel):
         return _plain(value.model_dump(mode="python"), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)
-        }
+        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise FingerprintError(
-                f"{where} has keys that are not strings: {list(value)[:5]}. Use string keys."
-            )
+            raise FingerprintError(f"{where} has keys that are not strings: {list(value)[:5]}. Use string keys.")
         return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
     raise FingerprintError(
         f"{where} is a {type(value).__name__}, which has no stable serialisation. "

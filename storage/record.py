@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -25,13 +24,7 @@ class Record:
     counts: Mapping[str, int] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    code_version: str = field(default_factory=lambda: code_version())
-
-
-@cache
-def code_version() -> str:
-    """Return the installed version of Tamis."""
-    return version("tamis")
+    code_version: str = field(default_factory=lambda: version("tamis"))
 
 
 def write_record(warehouse: Warehouse, path: str, record: Record) -> bool:

@@ -8,9 +8,7 @@ def column(name: str, kind: pa.DataType, description: str, *, nullable: bool = T
     return pa.field(name, kind, nullable=nullable, metadata={"description": description})
 
 
-SAMPLE_ID = column(
-    "sample_id", pa.string(), "128 bits of sha256 over key, image bytes and caption, 32 hex digits"
-)
+SAMPLE_ID = column("sample_id", pa.string(), "128 bits of sha256 over key, image bytes and caption, 32 hex digits")
 
 SAMPLES = pa.schema(
     [
@@ -34,9 +32,7 @@ SAMPLES = pa.schema(
 
 QUARANTINE = pa.schema(
     [
-        column(
-            "quarantine_id", pa.string(), "32 hex digits over source, reason and digest: the same fault once"
-        ),
+        column("quarantine_id", pa.string(), "32 hex digits over source, reason and digest: the same fault once"),
         column("key", pa.string(), "the source's own key"),
         SAMPLES.field("source"),
         column("reason", pa.string(), "what is wrong, one word with underscores: truncated, not_an_image, …"),
@@ -58,9 +54,7 @@ DECISIONS = pa.schema(
     [
         SAMPLE_ID,
         column("kept", pa.bool_(), "true if no condition failed and the sample is nobody's duplicate"),
-        column(
-            "failed", pa.list_(pa.string()), "names of all conditions the sample fails, in the policy's order"
-        ),
+        column("failed", pa.list_(pa.string()), "names of all conditions the sample fails, in the policy's order"),
         column("duplicate_of", pa.string(), "sample_id of the kept sample that stands in its place"),
         column("duplicate_rule", pa.string(), "the duplicate rule that joins the two"),
         column("duplicate_distance", pa.float32(), "their distance under that rule"),
@@ -77,9 +71,7 @@ HOLDOUT = pa.schema([SAMPLE_ID, SPLIT])
 
 RUNS = pa.schema(
     [
-        column(
-            "run_id", pa.string(), "fingerprint of recipe, snapshot, base model and code version of the step"
-        ),
+        column("run_id", pa.string(), "fingerprint of recipe, snapshot, base model and code version of the step"),
         column("recipe", pa.string(), "the training configuration as JSON"),
         column("dataset", pa.string(), "dataset of the snapshot trained on"),
         column("snapshot", pa.int64(), "number of the snapshot trained on"),
@@ -112,9 +104,7 @@ EVALUATIONS = pa.schema(
         column("snapshot", pa.int64(), "number of the snapshot"),
         column("split", pa.string(), "split the prompts came from"),
         column("samples", pa.int64(), "prompts answered"),
-        column(
-            "exact_match", pa.float64(), "share of answers equal to the expected one after normalisation, 0–1"
-        ),
+        column("exact_match", pa.float64(), "share of answers equal to the expected one after normalisation, 0–1"),
         column("exact_match_low", pa.float64(), "lower end of the 95 % interval"),
         column("exact_match_high", pa.float64(), "upper end of the 95 % interval"),
         column("answers_uri", pa.string(), "Parquet table of every prompt and answer"),

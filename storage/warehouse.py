@@ -108,9 +108,7 @@ class Warehouse:
         """Return a Parquet object as an Arrow table, `columns` only if given."""
         return pq.read_table(self._arrow_path(path), columns=columns, filesystem=self.arrow_filesystem)
 
-    def read_tables(
-        self, paths: Iterable[str], schema: pa.Schema, columns: list[str] | None = None
-    ) -> pa.Table:
+    def read_tables(self, paths: Iterable[str], schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """Return Parquet objects of one schema as one table, in the order given; empty if there are none."""
         wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
         tables = [self.read_table(path, columns) for path in paths]
@@ -243,7 +241,7 @@ class Warehouse:
         if self.is_local:
             _flush_to_disk(temporary)
             try:
-                os.link(temporary, self._made_parent(path))  # noqa: PTH200 - fails if the name is taken, unlike rename
+                os.link(temporary, self._made_parent(path))  # fails if the name is taken, unlike rename
             except FileExistsError:
                 return False
             return True
