@@ -12,10 +12,25 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
-    "numpy pyarrow duckdb pillow simplejpeg opencv-python-headless imagehash fasttext-langdetect faiss-cpu "
-    "open_clip_torch onnxruntime torch transformers peft trl bitsandbytes prefect"
-).split()
+PACKAGES = [
+    "numpy",
+    "pyarrow",
+    "duckdb",
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "imagehash",
+    "fasttext-langdetect",
+    "faiss-cpu",
+    "open_clip_torch",
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "prefect",
+]
 
 
 def record(name: str, figures: dict[str, float | int | str], **details: Any) -> Path:
