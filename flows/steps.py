@@ -1,0 +1,73 @@
+"""How a step of `tasks/` appears in Prefect: its cached results as state Cached, its workers as one setting."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.states import Completed, State
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from storage.refs import Outcome, ShardRef
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RUNNERS = {"threads": ThreadPoolTaskRunner, "processes": ProcessPoolTaskRunner}
+MAX_TASK_RUNS = 400
+"""Most task runs of one kind in a flow run; a Prefect server silently drops some beyond about a thousand."""
+MIN_GROUP_SAMPLES = 1_000
+"""Least samples worth a task run of their own: about 5 s of scoring on two cores."""
+
+
+def step(**options: Any) -> Callable[[Callable[P, Outcome[R]]], Task[P, Any]]:
+    """Make a Prefect task of a function that returns an `Outcome`; one found in the warehouse shows as Cached.
+
+    `options` are those of `prefect.task`. Nothing is kept in Prefect's own result store: the warehouse is the cache.
+    """
+
+    def decorate(function: Callable[P, Outcome[R]]) -> Task[P, Any]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> Any:
+            outcome = function(*args, **kwargs)
+            if outcome.cached:
+                return Completed(name="Cached", message="The warehouse already held it", data=outcome.ref)
+            return outcome.ref
+
+        return task(run, persist_result=False, **options)
+
+    return decorate
+
+
+def taken(result: Any) -> Any:
+    """Return what a directly called step gives, whether it came fresh or as a Cached state."""
+    return result.result() if isinstance(result, State) else result
+
+
+def task_runner() -> TaskRunner[Any]:
+    """Return the runner that `TAMIS_RUNNER` (threads, processes) and `TAMIS_WORKERS` (a number) ask for.
+
+    The default, one thread, suits steps that use all cores of a machine by themselves.
+    """
+    kind = os.environ.get("TAMIS_RUNNER", "threads")
+    workers = os.environ.get("TAMIS_WORKERS", "1")
+    if kind not in RUNNERS or not workers.isdecimal() or int(workers) < 1:
+        raise ValueError(
+            f"TAMIS_RUNNER={kind} TAMIS_WORKERS={workers}: use one of {', '.join(RUNNERS)} and a number of at least 1."
+        )
+    return RUNNERS[kind](max_workers=int(workers))
+
+
+def grouped(shards: Sequence[ShardRef]) -> list[tuple[ShardRef, ...]]:
+    """Cut shards into groups worth a task run each: enough samples to pay for it, and not too many groups."""
+    wanted = max(MIN_GROUP_SAMPLES, sum(shard.rows for shard in shards) // MAX_TASK_RUNS + 1)
+    groups: list[list[ShardRef]] = []
+    rows = wanted
+    for shard in shards:
+        if rows >= wanted:
+            groups.append([])
+            rows = 0
+        groups[-1].append(shard)
+        rows += shard.rows
+    return [tuple(group) for group in groups]
