@@ -1,0 +1,289 @@
+"""Policies: which samples to keep, in named SQL conditions, duplicate rules and an order of preference.
+
+A policy is a YAML file for people and a pydantic model everywhere else, also as a flow's parameter.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import duckdb
+import pyarrow as pa
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from storage.schema import SAMPLES
+from tasks.curation.conditions import Expression, PolicyError, Value, check_expression, locked_connection, suggest
+from tasks.curation.policy_file import SHORT_FORM, describe_faults, named_list, read_mapping
+
+SAMPLE_COLUMNS = pa.schema([SAMPLES.field(name) for name in ("key", "caption", "url", "metadata")])
+"""Columns of the samples themselves that a policy may use beside the signals'."""
+
+SPLIT_CONFLICT = "split_conflict"
+"""Reason that publishing adds to `failed`; no condition may have this name."""
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("give a number or text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("give a finite number")
+    return value
+
+
+def _amount(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"\$[a-z][a-z0-9_]*", value):
+        raise ValueError(f"{value!r} is neither a number nor a $parameter")
+    return _value(value)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+ParameterValue = Annotated[int | float | str, BeforeValidator(_value)]
+Amount = Annotated[int | float | str, BeforeValidator(_amount)]
+"""A number, or the name of a parameter after a `$`."""
+
+
+class _Choice(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Condition(_Choice):
+    """A named SQL expression that is true for samples to keep; NULL, as from an unreadable image, fails."""
+
+    name: Name = Field(description="the reason given for samples that fail it")
+    sql: str = Field(description="SQL over the columns of one row and $parameters, true to pass", min_length=1)
+
+
+class TopFraction(_Choice):
+    """A condition on rank: the best share of the whole pool by a number, ties kept, NULL never.
+
+    The rule is DataComp's `clip_score` filter: of N samples the value at place int(N·fraction), counted from 0 in
+    descending order, is the threshold, and all samples at or above it pass.
+    """
+
+    name: Name = Field(description="the reason given for samples that fail it")
+    top_fraction: Amount = Field(description="share of all samples in the pool, above 0 and up to 1")
+    of: str = Field(description="SQL number to rank by, larger is better", min_length=1)
+
+
+class DuplicateRule(_Choice):
+    """Samples that count as the same: those that pairs of some kinds join within a distance."""
+
+    name: Name = Field(description="the rule's name in the decisions")
+    pairs: tuple[Name, ...] = Field(description="kinds of pairs: bytes, pixels, perceptual", min_length=1)
+    max_distance: Amount = Field(default=0, description="largest distance that counts, 0 for equal only")
+
+
+class Splits(_Choice):
+    """How much of the dataset is held out. A sample that was published once stays in its split, whatever this says."""
+
+    validation: float = Field(default=0.1, ge=0, lt=1, description="share of duplicate groups for validation")
+    test: float = Field(default=0.1, ge=0, lt=1, description="share of duplicate groups for test")
+    seed: int = Field(default=0, description="another seed draws other groups")
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation} and test {self.test} leave nothing to train on")
+        return self
+
+
+def _form(entry: Any) -> str:
+    given = entry if isinstance(entry, Mapping) else vars(entry) if isinstance(entry, BaseModel) else {}
+    return "top_fraction" if "top_fraction" in given else "sql"
+
+
+AnyCondition = Annotated[
+    Annotated[Condition, Tag("sql")] | Annotated[TopFraction, Tag("top_fraction")], Discriminator(_form)
+]
+
+
+class Policy(_Choice):
+    """What to keep and why. Conditions and duplicate rules are ordered; in YAML they may be mappings by name."""
+
+    name: Name = Field(description="name of the policy")
+    description: str = Field(default="", description="what it is for")
+    parameters: dict[Name, ParameterValue] = Field(
+        default_factory=dict, description="thresholds that conditions refer to as $name"
+    )
+    conditions: tuple[AnyCondition, ...] = Field(default=(), description="all must pass", max_length=64)
+    duplicates: tuple[DuplicateRule, ...] = Field(default=(), description="of samples that match, one survives")
+    prefer: tuple[str, ...] = Field(
+        default=(), description="who survives: SQL with asc or desc, the first that differs decides, NULL loses"
+    )
+    splits: Splits = Field(default_factory=Splits, description="what is held out")
+    _origin: str | None = PrivateAttr(default=None)
+
+    @property
+    def origin(self) -> str:
+        """What messages call the policy: the file it was read from, else its name."""
+        return self._origin or f"policy {self.name}"
+
+    @field_validator("conditions", "duplicates", mode="before")
+    @classmethod
+    def _name_entries(cls, value: Any, info: ValidationInfo) -> Any:
+        return named_list(value, SHORT_FORM[str(info.field_name)])
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for what, entries in (("condition", self.conditions), ("duplicate rule", self.duplicates)):
+            names = [entry.name for entry in entries]
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{what} {', '.join(sorted(twice))} is there twice; names are the reasons given")
+        if any(condition.name == SPLIT_CONFLICT for condition in self.conditions):
+            raise ValueError(f"condition {SPLIT_CONFLICT}: publishing uses this name itself; choose another")
+        return self
+
+    def with_parameters(self, values: Mapping[str, Value]) -> "Policy":
+        """Return the policy with other values for some of its parameters.
+
+        Raises `PolicyError` for a name that the policy does not declare, and for text in a number's place or the
+        reverse.
+        """
+        for name, value in values.items():
+            if name not in self.parameters:
+                raise PolicyError(
+                    f'{self.origin} has no parameter "{name}".{suggest(name, self.parameters)} '
+                    f"Parameters: {', '.join(sorted(self.parameters)) or 'none'}."
+                )
+            if isinstance(value, bool) or isinstance(value, str) != isinstance(self.parameters[name], str):
+                raise PolicyError(
+                    f"{self.origin}: parameter {name} is {self.parameters[name]!r} and can't become {value!r}. "
+                    "Give a number for a number, text for text."
+                )
+        content = self.model_dump() | {"parameters": {**self.parameters, **values}}
+        return _validated(content, self.origin, self._origin)
+
+    def number(self, value: float | str, what: str) -> float:
+        """Return a number given outright or as `$name`; `what` begins the message if there is none."""
+        if not isinstance(value, str):
+            return value
+        found = self.parameters.get(value.removeprefix("$"))
+        if found is None or isinstance(found, str):
+            raise PolicyError(
+                f"{self.origin}: {what} is {value}, which is not a number among the policy's parameters."
+                f"{suggest(value.removeprefix('$'), self.parameters)}"
+            )
+        return found
+
+    def check(self, columns: pa.Schema) -> "CheckedPolicy":
+        """Return the policy as checked against the columns of the signals at hand.
+
+        Raises `PolicyError`, naming the condition, for columns that do not exist, types that do not fit, a condition
+        that is not true or false, reaches beyond its row or is not reproducible, and parameters that are missing or
+        used by nothing. Columns that hold lists, such as embeddings, are not offered.
+        """
+        offered = pa.schema([field for field in columns if not pa.types.is_nested(field.type)] + list(SAMPLE_COLUMNS))
+        with locked_connection() as connection:
+            return _checked(self, offered, connection)
+
+
+@dataclass(frozen=True)
+class CheckedPolicy:
+    """A policy whose every part was found to work, with what it takes to evaluate it.
+
+    `conditions` and `prefer` hold one expression for each of the policy's, in order; for a top fraction it is the
+    number to rank by, and `fractions` has the share by the condition's place. `distances` are the duplicate rules'.
+    """
+
+    policy: Policy
+    conditions: tuple[Expression, ...]
+    fractions: Mapping[int, float]
+    prefer: tuple[Expression, ...]
+    descending: tuple[bool, ...]
+    distances: tuple[float, ...]
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """All expressions: the conditions', then the preferences'."""
+        return self.conditions + self.prefer
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that any expression reads."""
+        return frozenset().union(*(expression.columns for expression in self.expressions))
+
+
+def _checked(policy: Policy, columns: pa.Schema, connection: duckdb.DuckDBPyConnection) -> CheckedPolicy:
+    def check(sql: str, what: str) -> Expression:
+        return check_expression(connection, sql, what=what, columns=columns, parameters=policy.parameters)
+
+    conditions, fractions = [], {}
+    for at, condition in enumerate(policy.conditions):
+        what = f'{policy.origin}: condition "{condition.name}"'
+        if isinstance(condition, TopFraction):
+            expression = check(condition.of, what)
+            _require(expression.is_number, f"{what} ranks by {expression.kind.lower()}. Rank by a number.")
+            fractions[at] = policy.number(condition.top_fraction, f'condition "{condition.name}", top_fraction')
+            _require(0 < fractions[at] <= 1, f"{what} keeps the top {fractions[at]}. Use a share above 0 and up to 1.")
+        else:
+            expression = check(condition.sql, what)
+            is_boolean = expression.kind == "BOOLEAN"
+            _require(
+                is_boolean, f"{what} gives {expression.kind.lower()}, not true or false. Compare it with something."
+            )
+        conditions.append(expression)
+    prefer, descending = [], []
+    for text in policy.prefer:
+        what = f'{policy.origin}: preference "{text}"'
+        sql, _, direction = text.strip().rpartition(" ")
+        is_directed = direction.lower() in ("asc", "desc")
+        _require(is_directed, f'{what} has no direction. Write "{text} desc" if more is better, else "{text} asc".')
+        prefer.append(check(sql, what))
+        descending.append(direction.lower() == "desc")
+    _refuse_unused(policy, conditions + prefer)
+    distances = [policy.number(r.max_distance, f'duplicate rule "{r.name}", max_distance') for r in policy.duplicates]
+    return CheckedPolicy(
+        policy, tuple(conditions), fractions, tuple(prefer), descending=tuple(descending), distances=tuple(distances)
+    )
+
+
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise PolicyError(message)
+
+
+def _refuse_unused(policy: Policy, expressions: list[Expression]) -> None:
+    used = {name for expression in expressions for name in expression.parameters}
+    amounts = [condition.top_fraction for condition in policy.conditions if isinstance(condition, TopFraction)]
+    amounts += [rule.max_distance for rule in policy.duplicates]
+    used |= {amount.removeprefix("$") for amount in amounts if isinstance(amount, str)}
+    unused = sorted(set(policy.parameters) - used)
+    _require(
+        not unused,
+        f"{policy.origin}: nothing uses the parameter {', '.join(unused)}. Write $name where it belongs, or remove it.",
+    )
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Read a policy from a YAML file.
+
+    Raises `PolicyError` naming the file if it is missing, is not YAML, says something twice or holds unknown fields.
+    """
+    path = Path(path)
+    return _validated(read_mapping(path), path.name, path.name)
+
+
+def _validated(content: Mapping[str, Any], origin: str, file: str | None) -> Policy:
+    try:
+        policy = Policy.model_validate(content)
+    except ValidationError as error:
+        known = ", ".join(Policy.model_fields)
+        raise PolicyError(f"{origin}: {describe_faults(content, error)}. A policy's fields: {known}.") from None
+    policy._origin = file
+    return policy
