@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -124,6 +125,16 @@ def draw_scene(rng: random.Random) -> Scene:
     return Scene(background, (first, second))
 
 
+def draw_unlike(scene: Scene, rng: random.Random) -> Scene:
+    """Draw a scene that shares no colour and no shape with `scene`: its caption is wrong about both."""
+    colours = {group.colour for group in scene.groups}
+    shapes = {group.shape for group in scene.groups}
+    while True:
+        other = draw_scene(rng)
+        if all(group.colour not in colours and group.shape not in shapes for group in other.groups):
+            return other
+
+
 def render(scene: Scene, *, size: tuple[int, int], seed: int | str) -> Image.Image:
     """Render `scene` as an antialiased RGB image of `size` (width, height) pixels, softly clouded.
 
@@ -147,11 +158,13 @@ def _background(colour: RGB, size: tuple[int, int], rng: random.Random) -> Image
     grain = Image.frombytes("L", size, rng.randbytes(size[0] * size[1]))
     amplitude = _CLOUD_AMPLITUDE + _GRAIN_AMPLITUDE
     texture = Image.blend(clouds, grain, _GRAIN_AMPLITUDE / amplitude)
-    bands = []
-    for value in colour:
-        table = [min(255, max(0, round(value + (level - 127.5) / 127.5 * amplitude))) for level in range(256)]
-        bands.append(texture.point(table))
-    return Image.merge("RGB", bands)
+    return Image.merge("RGB", [texture.point(_tone_curve(value, amplitude)) for value in colour])
+
+
+@cache
+def _tone_curve(value: int, amplitude: float) -> list[int]:
+    """Texture level (0 to 255) to band level, `amplitude` either side of `value`."""
+    return [min(255, max(0, round(value + (level - 127.5) / 127.5 * amplitude))) for level in range(256)]
 
 
 def _grid(group: Group, size: tuple[int, int]) -> tuple[int, int]:
