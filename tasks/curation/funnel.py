@@ -1,0 +1,120 @@
+"""The funnel of a decision: what each condition and duplicate rule takes away, as data and as a table.
+
+Every sample carries all its reasons, so a condition's count does not depend on where it stands in the policy; only
+the cumulative column does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One condition or duplicate rule: samples it rejects at all, those nothing else rejects, and those left after it.
+
+    `rule` is the SQL or the pairs it is made of. A duplicate rule counts samples that pass every condition.
+    """
+
+    name: str
+    rule: str
+    fails: int
+    fails_alone: int
+    remaining: int
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """All stages of a policy over a pool of `samples`, of which `kept` are left."""
+
+    policy: str
+    samples: int
+    kept: int
+    conditions: tuple[Stage, ...]
+    duplicates: tuple[Stage, ...]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Funnel":
+        """Read what `as_dict` gave, as it lies in a decision's record."""
+        stages = {key: tuple(Stage(**stage) for stage in content[key]) for key in ("conditions", "duplicates")}
+        return cls(**{**content, **stages})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers for JSON."""
+        return asdict(self)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The same figures by flat names, such as `fails.words` and `fails_alone.words`."""
+        counts = {"samples": self.samples, "kept": self.kept}
+        for stage in self.conditions:
+            counts[f"fails.{stage.name}"] = stage.fails
+            counts[f"fails_alone.{stage.name}"] = stage.fails_alone
+            counts[f"remaining.{stage.name}"] = stage.remaining
+        counts |= {f"duplicates.{stage.name}": stage.fails for stage in self.duplicates}
+        return counts
+
+
+def count_funnel(
+    policy: str,
+    *,
+    conditions: Sequence[tuple[str, str]],
+    rules: Sequence[tuple[str, str]],
+    failed: NDArray[np.uint64],
+    taken_by: NDArray[np.integer],
+) -> Funnel:
+    """Count the funnel of a pool; `conditions` and `rules` are names with their text.
+
+    `failed` has one bit for each condition and sample, the first condition lowest; `taken_by` the number of the rule
+    that makes the sample a duplicate, or -1.
+    """
+    reasons, times = np.unique(failed, return_counts=True)
+    stages, open_bits = [], 0
+    for at, (name, text) in enumerate(conditions):
+        bit = np.uint64(1 << at)
+        open_bits |= 1 << at
+        stages.append(
+            Stage(
+                name,
+                text,
+                fails=int(times[(reasons & bit) != 0].sum()),
+                fails_alone=int(times[reasons == bit].sum()),
+                remaining=int(times[(reasons & np.uint64(open_bits)) == 0].sum()),
+            )
+        )
+    remaining = int((failed == 0).sum())
+    removed = np.bincount(taken_by[(failed == 0) & (taken_by >= 0)], minlength=len(rules))
+    duplicates = []
+    for (name, text), count in zip(rules, removed.tolist(), strict=True):
+        remaining -= count
+        duplicates.append(Stage(name, text, fails=count, fails_alone=count, remaining=remaining))
+    return Funnel(policy, len(failed), remaining, tuple(stages), tuple(duplicates))
+
+
+def funnel_markdown(funnel: Funnel) -> str:
+    """Return the funnel as a Markdown table."""
+    share = f" ({funnel.kept / funnel.samples:.1%})" if funnel.samples else ""
+    lines = [
+        f"**{funnel.policy}** keeps {funnel.kept:,} of {funnel.samples:,} samples{share}.",
+        "",
+        "| condition | passes if | fails | only this | remaining |",
+        "|:--|:--|--:|--:|--:|",
+    ]
+    for stage in funnel.conditions:
+        lines.append(_row(stage.name, f"`{_cell(stage.rule)}`", stage.fails, stage.fails_alone, stage.remaining))
+    for stage in funnel.duplicates:
+        lines.append(
+            _row(f"duplicate: {stage.name}", _cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str | int) -> str:
+    return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
