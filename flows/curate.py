@@ -1,0 +1,177 @@
+"""Curate: measure a pool, find its duplicates, decide by a policy, publish a snapshot.
+
+`python -m flows.curate` is not needed: call `curate(...)`, or deploy it with `deployments/prefect.yaml`.
+"""
+
+from typing import Annotated
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.events import emit_event
+from pydantic import Field
+from tasks.curation.funnel import funnel_markdown
+from tasks.curation.ingest import SourceFile, find_source_files, ingest_file
+from tasks.curation.pairs.exact import find_exact_pairs
+from tasks.curation.pairs.perceptual import find_perceptual_pairs
+from tasks.curation.score import score_shard
+
+from flows.steps import grouped, step, task_runner
+from storage.catalog import write_catalog
+from storage.pool import read_pool
+from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
+from storage.snapshot import read_manifest
+from storage.warehouse import Warehouse
+from tasks.curation import decide as deciding
+from tasks.curation import publish as publishing
+from tasks.curation.policy import Policy, load_policy
+from tasks.curation.signals import Signal, SignalSettings, build_signals
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+
+
+@flow(name="curate", task_runner=task_runner())
+def curate(
+    dataset: Name,
+    source: str | None = None,
+    pool: Name | None = None,
+    policy: str = "deployments/policies/default.yaml",
+    policy_parameters: dict[str, float | str] | None = None,
+    signals: SignalSettings = SignalSettings(),
+    warehouse: str = "warehouse",
+) -> SnapshotRef:
+    """Sieve a pool of image-caption pairs and publish what passes as the dataset's next snapshot.
+
+    Args:
+        dataset: Name of the dataset to publish to.
+        source: Where new samples are: a folder, file, glob or URL of WebDataset tars, Parquet, JSONL, or a Hugging
+            Face dataset. Leave empty to decide again on what the pool holds.
+        pool: Name of the pool to add them to; the dataset's name if empty.
+        policy: Policy file.
+        policy_parameters: Values for the policy's parameters, in place of those in the file.
+        signals: What to measure and with which models.
+        warehouse: Folder or URL of the warehouse.
+    """
+    store = Warehouse(warehouse)
+    rules = load_policy(policy).with_parameters(policy_parameters or {})
+    measures = build_signals(signals)
+    rules.check([signal.columns for signal in measures])
+
+    samples = ingest_source(source, pool=pool or dataset, warehouse=store)
+    evidence = score_pool(samples, measures, warehouse=store)
+    pairs = pair_pool(samples, evidence, rules, warehouse=store)
+    decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
+    snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
+    announce(snapshot, warehouse=store)
+    return snapshot
+
+
+# -- the steps ------------------------------------------------------------------------------------------------
+
+
+@step(task_run_name="ingest {file.name}", retries=2, retry_delay_seconds=5)
+def ingest(file: SourceFile, *, pool: str, warehouse: Warehouse) -> Outcome[str]:
+    """Add one source file's new samples to the pool."""
+    return ingest_file(file, pool=pool, warehouse=warehouse)
+
+
+@step(task_run_name="score {name}", retries=1)
+def score(
+    name: str, shards: tuple[ShardRef, ...], signals: list[Signal], *, warehouse: Warehouse
+) -> Outcome[list[SignalRef]]:
+    """Measure what the warehouse does not hold yet of the signals for some shards."""
+    outcomes = [outcome for shard in shards for outcome in score_shard(shard, signals, warehouse=warehouse)]
+    return Outcome([o.ref for o in outcomes[: len(signals)]], cached=all(o.cached for o in outcomes))
+
+
+@step(task_run_name="pair {pool.name} by {kind}")
+def pair(
+    kind: str, pool: PoolRef, signal: SignalRef, *, max_distance: int | None, warehouse: Warehouse
+) -> Outcome[PairsRef]:
+    """Find duplicate pairs of one kind among the pool's samples."""
+    if kind == "perceptual":
+        return find_perceptual_pairs(pool, signal, max_distance=max_distance or 4, warehouse=warehouse)
+    return find_exact_pairs(pool, signal, column=f"{kind}_hash", warehouse=warehouse)
+
+
+@step(task_run_name="decide {pool.name} by {policy.name}")
+def decide(
+    pool: PoolRef, policy: Policy, signals: list[SignalRef], pairs: list[PairsRef], *, warehouse: Warehouse
+) -> Outcome[DecisionsRef]:
+    """Keep or reject every sample, with all reasons."""
+    return deciding.decide(pool, policy, signals, pairs, warehouse=warehouse)
+
+
+@step(task_run_name="publish {dataset}")
+def publish(
+    dataset: str,
+    pool: PoolRef,
+    decisions: DecisionsRef,
+    policy: Policy,
+    signals: list[SignalRef],
+    pairs: list[PairsRef],
+    *,
+    warehouse: Warehouse,
+) -> Outcome[SnapshotRef]:
+    """Publish what was kept as the dataset's next snapshot."""
+    outcome = publishing.publish(dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse)
+    write_catalog(warehouse)
+    if not outcome.cached:
+        emit_event(
+            "tamis.snapshot.published",
+            resource={"prefect.resource.id": f"tamis.dataset.{dataset}"},
+            payload={"dataset": dataset, "snapshot": outcome.ref.number, "warehouse": warehouse.root},
+        )
+    return outcome
+
+
+# -- many task runs of one step -------------------------------------------------------------------------------
+
+
+def ingest_source(source: str | None, *, pool: str, warehouse: Warehouse) -> PoolRef:
+    """Ingest a source file by file, in order, and return the pool as it then is."""
+    for file in find_source_files(source) if source else []:
+        ingest.submit(file, pool=pool, warehouse=warehouse).result()
+    samples = read_pool(warehouse, pool)
+    if not samples.shards:
+        raise ValueError(f"{warehouse.root}: pool {pool!r} is empty. Give a source to ingest.")
+    get_run_logger().info("Pool %s: %d samples in %d shards", pool, samples.rows, len(samples.shards))
+    return samples
+
+
+def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) -> list[SignalRef]:
+    """Score a pool in groups of shards, showing progress."""
+    groups = grouped(pool.shards)
+    progress = create_progress_artifact(progress=0.0, key="scoring", description=f"Scoring {pool.name}")
+    futures = [
+        score.submit(f"{pool.name}/{group[0].name[:4]}…", group, signals, warehouse=warehouse) for group in groups
+    ]
+    for done, future in enumerate(futures, start=1):
+        evidence: list[SignalRef] = future.result()
+        update_progress_artifact(progress, progress=100 * done / len(groups))
+    return evidence
+
+
+def pair_pool(
+    pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse
+) -> list[PairsRef]:
+    """Find the pairs that the policy's duplicate rules ask for."""
+    by_name = {signal.signal: signal for signal in signals}
+    return [
+        pair.submit(
+            kind,
+            pool,
+            by_name["perceptual" if kind == "perceptual" else "exact"],
+            max_distance=rule.max_distance,
+            warehouse=warehouse,
+        ).result()
+        for rule in policy.duplicates
+        for kind in rule.pairs
+    ]
+
+
+def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
+    """Publish the funnel as an artifact."""
+    manifest = read_manifest(warehouse, snapshot)
+    create_markdown_artifact(
+        key=f"funnel-{snapshot.dataset}", markdown=funnel_markdown(manifest), description=f"Funnel of {snapshot}"
+    )
