@@ -45,6 +45,20 @@ def draw_size(rng: random.Random) -> tuple[int, int]:
     return (short, long) if rng.random() < 0.4 else (long, short)
 
 
+def draw_small_size(rng: random.Random) -> tuple[int, int]:
+    """A width and height whose shorter side has 64 to 180 pixels."""
+    short = rng.randint(64, 180)
+    long = round(short * rng.uniform(1.0, 1.5))
+    return (short, long) if rng.random() < 0.5 else (long, short)
+
+
+def draw_extreme_size(rng: random.Random) -> tuple[int, int]:
+    """A width and height of 200 to 900 pixels, one more than three times the other."""
+    short = rng.randint(200, 230)
+    long = round(short * rng.uniform(3.2, 3.9))
+    return (short, long) if rng.random() < 0.5 else (long, short)
+
+
 def draw_everyday_format(rng: random.Random) -> str:
     """One of `EVERYDAY_FORMATS`, as often as the web has them: seven in ten are JPEG."""
     return rng.choices(EVERYDAY_FORMATS, weights=(70, 15, 15))[0]
