@@ -1,0 +1,206 @@
+"""Trains an adapter on a snapshot: a child process does the work, the warehouse gets the result and its lineage.
+
+A run is named by all that its adapter depends on; one that exists is not trained again, one that was killed goes on.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from storage.fingerprint import canonical_json, fingerprint
+from storage.record import Record, write_record
+from storage.refs import Outcome, RunRef, SnapshotRef
+from storage.schema import RUNS, column
+from storage.snapshot import read_manifest
+from storage.warehouse import Warehouse
+from tasks.training.base_model import BaseModel, find_base_model
+from tasks.training.dataset import Examples, write_examples
+from tasks.training.gpu import reserved_gpu
+from tasks.training.process import RESULT, ChildFailed, run_child
+from tasks.training.recipe import Recipe, RecipeError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+METRICS = pa.schema(
+    [
+        column("step", pa.int64(), "optimizer step, from 1"),
+        column("epoch", pa.float64(), "passes over the training split"),
+        column("loss", pa.float64(), "mean over the step's samples, nats per supervised token"),
+        column("token_accuracy", pa.float64(), "share of supervised tokens that were the most likely one, 0–1"),
+        column("entropy", pa.float64(), "mean entropy of the predicted tokens, nats"),
+        column("learning_rate", pa.float64(), "learning rate of the step"),
+        column("grad_norm", pa.float64(), "L2 norm of the gradients before clipping"),
+        column("tokens", pa.int64(), "tokens of the step, prompts and images included"),
+        column("seconds", pa.float64(), "wall time of the step, s"),
+    ]
+)
+
+
+# What a run's adapter does not depend on: the base model counts by its content, not by what it is called.
+_NOT_TRAINED = {"base_model", "save_steps", "max_new_tokens", "answer_batch_size"}
+
+
+class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
+    """The training process ended without an adapter; the message holds its last lines."""
+
+
+def train(
+    snapshot: SnapshotRef,
+    recipe: Recipe,
+    *,
+    warehouse: Warehouse,
+    parent_run: RunRef | None = None,
+    on_log: Callable[[str], None] | None = None,
+) -> Outcome[RunRef]:
+    """Train an adapter on the snapshot's train split, starting from `parent_run`'s adapter if given.
+
+    Each line of the training's log goes to `on_log`. Returns the cached run if all it depends on is unchanged. A
+    killed training goes on from its last checkpoint when it is called again. Raises `RecipeError`, `MissingBaseModel`
+    or `TrainingFailed`.
+    """
+    on_log = on_log or log.info
+    plan = _Plan.make(snapshot, recipe, parent_run, warehouse)
+    run = plan.run
+    if warehouse.exists(run.table):
+        return Outcome(run, cached=True)
+    if parent_run:
+        _check_parent(parent_run, recipe, plan.base, warehouse)
+    with _scratch(run, warehouse, on_log) as scratch:
+        if warehouse.exists(run.table):  # another process finished it while this one waited
+            return Outcome(run, cached=True)
+        examples = write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=scratch / "examples.arrow")
+        on_log(f"run {run.run_id}: {examples.rows} examples of {snapshot}; {examples.left_out} without text left out")
+        result = _train_in_child(plan, examples, warehouse=warehouse, scratch=scratch, on_log=on_log)
+        _publish(plan, examples, result, warehouse=warehouse, scratch=scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Outcome(run, cached=False)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that a run depends on, and the name that follows from it."""
+
+    run: RunRef
+    snapshot: SnapshotRef
+    recipe: Recipe
+    base: BaseModel
+    parent_run: RunRef | None
+    inputs: dict[str, Any]
+
+    @classmethod
+    def make(cls, snapshot: SnapshotRef, recipe: Recipe, parent_run: RunRef | None, warehouse: Warehouse) -> "_Plan":
+        base = find_base_model(recipe.base_model)
+        inputs = {
+            "snapshot": read_manifest(warehouse, snapshot).content,
+            "base_model": base.fingerprint,  # its chat template included
+            "parent_run": parent_run.run_id if parent_run else None,
+        }
+        config = recipe.model_dump(exclude=_NOT_TRAINED)
+        run = RunRef(fingerprint({"step": "train", "version": VERSION, "recipe": config, **inputs}))
+        return cls(run, snapshot, recipe, base, parent_run, inputs)
+
+
+def _check_parent(parent: RunRef, recipe: Recipe, base: BaseModel, warehouse: Warehouse) -> None:
+    """Raise `RecipeError` unless the parent's adapter fits the recipe's base model and LoRA."""
+    [row] = warehouse.read_table(parent.table).to_pylist()
+    if row["base_model_fingerprint"] != base.fingerprint:
+        raise RecipeError(
+            f"base_model: {recipe.base_model!r} is not the model that the parent run {parent.run_id} was trained on "
+            f"({row['base_model']!r}, fingerprint {row['base_model_fingerprint']}). Use that one, or no parent run."
+        )
+    trained = json.loads(row["recipe"])
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if trained[name] != getattr(recipe, name):
+            raise RecipeError(
+                f"{name}: is {getattr(recipe, name)!r}, but the adapter of the parent run {parent.run_id} has "
+                f"{trained[name]!r}. Write the parent's value, or use no parent run."
+            )
+
+
+@contextmanager
+def _scratch(run: RunRef, warehouse: Warehouse, on_log: Callable[[str], None]) -> Iterator[Path]:
+    """Give the local folder of an unfinished run, to one process at a time; it stays, for the next attempt."""
+    folder = _work_folder(warehouse) / run.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_log(f"another process is training run {run.run_id}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _work_folder(warehouse: Warehouse) -> Path:
+    """Checkpoints need a local disk and a place that the next attempt finds again."""
+    if warehouse.is_local:
+        return Path(warehouse.root, ".work")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "tamis" / fingerprint(warehouse.root)
+
+
+def _train_in_child(
+    plan: _Plan, examples: Examples, *, warehouse: Warehouse, scratch: Path, on_log: Callable[[str], None]
+) -> dict[str, Any]:
+    if (scratch / RESULT).exists():  # an earlier attempt was killed after training, before all was published
+        result: dict[str, Any] = json.loads((scratch / RESULT).read_text())
+        return result
+    with ExitStack() as stack:
+        parent = stack.enter_context(warehouse.downloaded(plan.parent_run.adapter)) if plan.parent_run else None
+        gpu = stack.enter_context(reserved_gpu(on_log))
+        config = {
+            "recipe": plan.recipe.model_dump(),
+            "model": str(plan.base.folder),
+            "examples": str(examples.path),
+            "parent_adapter": str(parent) if parent else None,
+        }
+        try:
+            return run_child("tasks.training.child", config, folder=scratch, on_log=on_log, gpu=gpu)
+        except ChildFailed as error:
+            raise TrainingFailed(f"run {plan.run.run_id}: {error}") from None
+
+
+def _publish(plan: _Plan, examples: Examples, result: dict[str, Any], *, warehouse: Warehouse, scratch: Path) -> None:
+    """Write adapter, metrics and record, and last the row of the `runs` view."""
+    run = plan.run
+    warehouse.create_folder(run.adapter, scratch / "adapter")
+    metrics_path = f"{run.folder}/metrics.parquet"
+    lines = (scratch / "metrics.jsonl").read_text().splitlines()
+    warehouse.write_table(metrics_path, pa.Table.from_pylist([json.loads(line) for line in lines], schema=METRICS))
+    counts = {"examples": examples.rows, "left_out": examples.left_out, "steps": result["steps"]}
+    record = Record("train", run.run_id, plan.recipe.model_dump(), plan.inputs, counts, result)
+    write_record(warehouse, f"{run.folder}/record.json", record)
+    row = {
+        "run_id": run.run_id,
+        "recipe": canonical_json(plan.recipe),
+        "dataset": plan.snapshot.dataset,
+        "snapshot": plan.snapshot.number,
+        "base_model": plan.base.name,
+        "base_model_fingerprint": plan.base.fingerprint,
+        "chat_template_fingerprint": result["chat_template_fingerprint"],
+        "adapter_uri": warehouse.uri(run.adapter),
+        "parent_run": plan.parent_run.run_id if plan.parent_run else None,
+        "samples": examples.rows,
+        "steps": result["steps"],
+        "train_loss": result["train_loss"],
+        "metrics_uri": warehouse.uri(metrics_path),
+        "seconds": result["seconds"],
+        "device": result["device"],
+        "code_version": version("tamis"),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    warehouse.write_table(run.table, pa.Table.from_pylist([row], schema=RUNS))
