@@ -137,7 +137,7 @@ def evaluate(
     *,
     parameters: Mapping[str, Value],
 ) -> pa.Table:
-    """Return one column for each expression, in order, over the rows in order. A NaN in `rows` counts as NULL.
+    """Return one column for each expression, in order, over the rows in order. NaN counts as NULL.
 
     Raises `duckdb.Error` if a row's value does not fit, such as text that can't be cast.
     """
@@ -145,7 +145,8 @@ def evaluate(
     columns = ", ".join(f"(\n{expression.sql}\n) AS c{i}" for i, expression in enumerate(expressions))
     connection.register("rows", _without_nan(rows))
     try:
-        return connection.execute(f"SELECT {columns} FROM rows", _bind(bound, parameters)).to_arrow_table()
+        found = connection.sql(f"SELECT {columns} FROM rows", params=_bind(bound, parameters)).to_arrow_table()
+        return _without_nan(found)
     finally:
         connection.unregister("rows")
 

@@ -1,0 +1,263 @@
+"""Deciding: for every sample of a pool, kept or not, all the reasons, and who stands in for a duplicate.
+
+Only what the policy's SQL reads is loaded, shard by shard; no signal is computed, so another threshold costs seconds.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from storage.fingerprint import fingerprint
+from storage.record import Record, read_record, write_record
+from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef
+from storage.schema import DECISIONS
+from storage.warehouse import Warehouse
+from tasks.curation.columns import Columns, find_columns
+from tasks.curation.conditions import PolicyError, evaluate, locked_connection
+from tasks.curation.duplicates import Evidence, Rule, Survivors, choose_survivors, read_evidence
+from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
+
+VERSION = 1
+READERS = 8
+"""Shards read or written at once: enough to hide an object store's delay, few enough to hold in memory."""
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+def decide(
+    pool: PoolRef,
+    policy: Policy,
+    signals: Sequence[SignalRef],
+    pairs: Sequence[PairsRef],
+    *,
+    warehouse: Warehouse,
+) -> Outcome[DecisionsRef]:
+    """Apply `policy` to every sample of `pool` and write one decision table a shard.
+
+    A sample that passes every condition and is nobody's duplicate is kept. Among duplicates the one the policy
+    prefers survives, so a survivor is always kept; samples that fail a condition never survive, and name a survivor
+    too if they are its neighbours. The record holds the funnel.
+
+    Raises `PolicyError` before anything is read if the policy does not fit the signals and pairs, and
+    `EvidenceError` if those don't fit the pool.
+    """
+    inputs = {
+        "pool": pool.fingerprint,
+        "signals": [[signal.signal, signal.fingerprint] for signal in signals],
+        "pairs": [[pair.kind, pair.fingerprint] for pair in pairs],
+    }
+    config = {"version": VERSION, "policy": policy.model_dump(mode="json")}
+    identity = fingerprint([config, inputs])
+    ref = DecisionsRef(identity, f"decisions/{identity}")
+    if read_record(warehouse, ref.record) is not None:
+        return Outcome(ref, cached=True)
+
+    columns = find_columns(pool, signals, warehouse=warehouse)
+    checked = policy.check(columns.schema)
+    rules = _rules(checked, pairs)
+    samples = _judge(pool, checked, columns, warehouse)
+    evidence = read_evidence(pairs, warehouse=warehouse)
+    positions = evidence.find(samples.sample_id)
+    survivors = _survivors(samples, checked, rules, evidence=evidence, positions=positions)
+    tables = _Tables(checked, samples, evidence, positions, survivors)
+
+    def write(part: tuple[ShardRef, slice]) -> None:
+        shard, rows = part
+        warehouse.write_table(ref.table(shard), tables.rows(rows))
+
+    for _ in _in_parallel(write, _parts(pool)):
+        pass
+    funnel = tables.funnel()
+    write_record(warehouse, ref.record, Record("decide", identity, config, inputs, funnel.counts, funnel.as_dict()))
+    return Outcome(ref, cached=False)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """All samples of a pool in its order: ids, one bit a condition they fail, and what the policy prefers by."""
+
+    sample_id: pa.ChunkedArray
+    failed: NDArray[np.uint64]
+    preferences: list[pa.ChunkedArray]
+
+
+def _judge(pool: PoolRef, checked: CheckedPolicy, columns: Columns, warehouse: Warehouse) -> _Samples:
+    """Evaluate every expression on every sample, a few shards in memory at a time."""
+    ids: list[pa.ChunkedArray] = []
+    failed: list[NDArray[np.uint64]] = []
+    ranked: dict[int, list[NDArray[np.float64]]] = {at: [] for at in checked.fractions}
+    preferred: list[pa.Table] = []
+    with locked_connection() as connection:
+        for rows in _in_parallel(lambda shard: columns.read(shard, checked.columns, warehouse=warehouse), pool.shards):
+            values = _evaluate(connection, checked, rows)
+            bits = np.zeros(len(rows), np.uint64)
+            for at in range(len(checked.conditions)):
+                if at in ranked:
+                    ranked[at].append(np.asarray(values.column(at).cast(pa.float64()), np.float64))
+                else:
+                    passes = np.asarray(pc.fill_null(values.column(at), False))
+                    bits |= ~passes * np.uint64(1 << at)
+            ids.append(rows["sample_id"])
+            failed.append(bits)
+            preferred.append(values.select(range(len(checked.conditions), values.num_columns)))
+    all_failed = np.concatenate(failed)
+    for at, scores in ranked.items():
+        all_failed |= ~_in_top(np.concatenate(scores), checked.fractions[at]) * np.uint64(1 << at)
+    sample_id = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
+    return _Samples(sample_id, all_failed, pa.concat_tables(preferred).columns)
+
+
+def _evaluate(connection: duckdb.DuckDBPyConnection, checked: CheckedPolicy, rows: pa.Table) -> pa.Table:
+    parameters = checked.policy.parameters
+    if not checked.expressions:
+        return pa.table({})
+    try:
+        return evaluate(connection, checked.expressions, rows, parameters=parameters)
+    except duckdb.Error:
+        for expression in checked.expressions:
+            try:
+                evaluate(connection, [expression], rows, parameters=parameters)
+            except duckdb.Error as error:
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise PolicyError(
+                    f"{checked.policy.origin}: {expression.sql!r} met a value it can't handle: {reason}. "
+                    "Use try_cast(… as …) or try(…), which give NULL instead; a condition that is NULL fails."
+                ) from None
+        raise
+
+
+def _in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
+    """DataComp's rule: at least as good as place int(N·fraction) of all N; NaN stands for NULL and never passes."""
+    valid = scores[~np.isnan(scores)]
+    place = int(len(scores) * fraction)
+    if place >= len(valid):
+        return ~np.isnan(scores)
+    threshold: np.float64 = -np.partition(-valid, place)[place]
+    return np.asarray(scores >= threshold)
+
+
+def _rules(checked: CheckedPolicy, pairs: Sequence[PairsRef]) -> list[Rule]:
+    policy = checked.policy
+    known = [pair.kind for pair in pairs]
+    for rule in policy.duplicates:
+        missing = [kind for kind in rule.pairs if kind not in known]
+        if missing:
+            raise PolicyError(
+                f'{policy.origin}: duplicate rule "{rule.name}" needs pairs of kind {", ".join(missing)}. '
+                f"Kinds at hand: {', '.join(known) or 'none'}."
+            )
+    return [Rule(rule.pairs, distance) for rule, distance in zip(policy.duplicates, checked.distances, strict=True)]
+
+
+def _survivors(
+    samples: _Samples,
+    checked: CheckedPolicy,
+    rules: list[Rule],
+    *,
+    evidence: Evidence,
+    positions: NDArray[np.int32],
+) -> Survivors:
+    """Line up the paired samples that pass every condition, best first, ties by sample_id, and let them choose."""
+    rows = np.flatnonzero((positions >= 0) & (samples.failed == 0))
+    values = {f"by{at}": column.take(pa.array(rows)) for at, column in enumerate(samples.preferences)}
+    candidates = pa.table({"position": positions[rows], **values})
+    order = [f"by{at} {'DESC' if down else 'ASC'} NULLS LAST" for at, down in enumerate(checked.descending)]
+    with locked_connection() as connection:
+        connection.register("candidates", candidates)
+        best_first = connection.sql(f"SELECT position FROM candidates ORDER BY {', '.join([*order, 'position'])}")
+        ranked = best_first.fetchnumpy()["position"]  # positions are in the order of ids
+    present = np.zeros(len(evidence.ids), np.bool_)
+    present[positions[positions >= 0]] = True
+    return choose_survivors(evidence, rules, candidates=ranked, present=present)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The decisions on all samples, as rows of `DECISIONS` and as a funnel."""
+
+    checked: CheckedPolicy
+    samples: _Samples
+    evidence: Evidence
+    positions: NDArray[np.int32]
+    survivors: Survivors
+
+    def rows(self, rows: slice) -> pa.Table:
+        """The decision table of some of the samples."""
+        policy = self.checked.policy
+        failed, positions = self.samples.failed[rows], self.positions[rows]
+        survivor = self._of_pair(self.survivors.survivor, positions)
+        is_duplicate = survivor >= 0
+        rule = self._of_pair(self.survivors.rule, positions)
+        distance = self._of_pair(self.survivors.distance, positions)
+        columns = [
+            self.samples.sample_id.slice(rows.start, rows.stop - rows.start),
+            pa.array((failed == 0) & ~is_duplicate),
+            failed_names(failed, [condition.name for condition in policy.conditions]),
+            self.evidence.ids.take(pa.array(survivor, mask=~is_duplicate)),
+            pa.array([r.name for r in policy.duplicates], pa.string()).take(pa.array(rule, mask=~is_duplicate)),
+            pa.array(distance, pa.float32(), mask=~is_duplicate),
+        ]
+        return pa.table(columns, schema=DECISIONS)
+
+    def funnel(self) -> Funnel:
+        """The funnel over all samples."""
+        policy = self.checked.policy
+        return count_funnel(
+            policy.name,
+            conditions=[(condition.name, self._text(condition)) for condition in policy.conditions],
+            rules=[
+                (rule.name, ", ".join(rule.pairs) + (f" within {distance:g}" if distance else ""))
+                for rule, distance in zip(policy.duplicates, self.checked.distances, strict=True)
+            ],
+            failed=self.samples.failed,
+            taken_by=self._of_pair(self.survivors.rule, self.positions),
+        )
+
+    def _of_pair(self, values: NDArray[Any], positions: NDArray[np.int32]) -> NDArray[Any]:
+        """What the evidence says of each sample, -1 for samples in no pair."""
+        return np.where(positions >= 0, np.append(values, -1)[positions], -1)
+
+    def _text(self, condition: Condition | TopFraction) -> str:
+        """A condition as people read it, with the parameters' values."""
+        parameters = self.checked.policy.parameters
+        if isinstance(condition, TopFraction):
+            text = f"top {condition.top_fraction} of all by {condition.of}"
+        else:
+            text = condition.sql
+        return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(parameters.get(found[1], found[0])), text)
+
+
+def failed_names(failed: NDArray[np.uint64], names: Sequence[str]) -> pa.ListArray:
+    """Return the names whose bits are set, in order, as one list a sample."""
+    bits = np.uint64(1) << np.arange(len(names), dtype=np.uint64)
+    is_failed = (failed[:, None] & bits) != 0
+    offsets = np.concatenate([[0], np.cumsum(is_failed.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(names, pa.string()).take(pa.array(np.nonzero(is_failed)[1]))
+    )
+
+
+def _parts(pool: PoolRef) -> Iterator[tuple[ShardRef, slice]]:
+    """Each shard with the place of its rows among all of the pool's."""
+    begin = 0
+    for shard in pool.shards:
+        yield shard, slice(begin, begin + shard.rows)
+        begin += shard.rows
+
+
+def _in_parallel(function: Callable[[S], T], values: Iterable[S]) -> Iterator[T]:
+    """The results in order, with at most `READERS` of them waiting in memory."""
+    values = list(values)
+    with ThreadPoolExecutor(READERS) as threads:
+        for begin in range(0, len(values), READERS):
+            yield from threads.map(function, values[begin : begin + READERS])
