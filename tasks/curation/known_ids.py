@@ -1,0 +1,60 @@
+"""The ids that a pool's tables hold already, 16 bytes of memory each, so that nothing is added twice."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from storage.warehouse import Warehouse
+
+COMPACT_AFTER = 2**18
+READERS = 8
+
+Digests = npt.NDArray[np.bytes_]
+
+
+class KnownIds:
+    """Ids (32 hex digits) in one column of all Parquet tables of a folder; `refresh` reads tables that are new."""
+
+    def __init__(self, warehouse: Warehouse, folder: str, column: str) -> None:
+        self.warehouse, self.folder, self.column = warehouse, folder, column
+        self._tables: set[str] = set()
+        self._sorted: Digests = np.empty(0, "S16")
+        self._recent: set[bytes] = set()
+
+    def __contains__(self, identifier: str) -> bool:
+        digest = bytes.fromhex(identifier)
+        if digest in self._recent:
+            return True
+        place = int(np.searchsorted(self._sorted, np.bytes_(digest)))
+        # numpy drops zero bytes at the end of fixed-width values
+        return place < len(self._sorted) and self._sorted[place] == digest.rstrip(b"\0")
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def refresh(self) -> None:
+        """Read the ids of tables that appeared since the last call, from whatever process."""
+        new = [name for name in self.warehouse.names(self.folder) if name not in self._tables]
+        if not new:
+            return
+        with ThreadPoolExecutor(min(READERS, len(new))) as threads:
+            self._compact(threads.map(self._read, new))
+        self._tables.update(new)
+
+    def add(self, table: str, identifiers: Iterable[str]) -> None:
+        """Note that the caller wrote `table`, with these ids, so that `refresh` need not read it."""
+        self._tables.add(table)
+        self._recent.update(map(bytes.fromhex, identifiers))
+        if len(self._recent) > COMPACT_AFTER:
+            self._compact([])
+
+    def _read(self, name: str) -> Digests:
+        table = self.warehouse.read_table(f"{self.folder}/{name}", [self.column])
+        return np.frombuffer(bytes.fromhex("".join(table.column(0).to_pylist())), "S16")
+
+    def _compact(self, parts: Iterable[Digests]) -> None:
+        recent = np.frombuffer(b"".join(self._recent), "S16")
+        self._sorted = np.sort(np.concatenate([self._sorted, recent, *parts]))
+        self._recent.clear()

@@ -1,0 +1,118 @@
+"""Opening source files, and reading the image files that a source only names, several at a time."""
+
+import errno
+import posixpath
+import stat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TypeVar, cast
+
+import fsspec
+
+from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Reason, RowError
+
+READERS = 8
+"""Files of one source that are read at once: hides the latency of object storage."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path of this machine and not a URL."""
+    return "://" not in uri
+
+
+def open_binary(uri: str) -> IO[bytes]:
+    """Open a local path or URL for reading from the start, buffered."""
+    if is_local(uri):
+        return Path(uri).open("rb")
+    return cast(IO[bytes], fsspec.open(uri, "rb").open())
+
+
+def parent_folder(uri: str) -> str:
+    """Return the folder that `uri` is in."""
+    return uri.rsplit("/", 1)[0] or "/"
+
+
+def file_exists(uri: str) -> bool:
+    """Whether a file can be found at a local path or URL."""
+    if is_local(uri):
+        return Path(uri).exists()
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return bool(filesystem.exists(path))
+
+
+class ImageFolder:
+    """Image files that rows name by path. What a row names can't lead out of the folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder.rstrip("/")
+
+    def read(self, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
+        """Return the bytes of a file, `name` relative to the folder or an absolute path or URL inside it.
+
+        Raises `RowError`: outside_source, missing_file (also for what may not be opened) or too_large. Other
+        errors, such as a lost connection, pass through: the row is not at fault.
+        """
+        path = self._resolve(name)
+        try:
+            return _read_local(Path(path), limit) if is_local(path) else _read_remote(path, limit)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | PermissionError) or error.errno in _ABSENT:
+                raise RowError(Reason.MISSING_FILE, f"{path}: {error.strerror or error}", path) from None
+            raise
+
+    def _resolve(self, name: str) -> str:
+        if "\0" in name:
+            raise RowError(Reason.MISSING_FILE, f"{name!r} is not a file name")
+        if "://" in name:
+            path = name
+        elif is_local(self.folder):
+            path = posixpath.normpath(posixpath.join(self.folder or "/", name))
+        else:
+            scheme, rest = self.folder.split("://", 1)
+            path = f"{scheme}://{posixpath.normpath(posixpath.join(rest, name))}"
+        if not path.startswith(f"{self.folder}/") or ".." in path.split("/"):
+            raise RowError(
+                Reason.OUTSIDE_SOURCE,
+                f"{name} is outside {self.folder or '/'}; if it belongs to the source, give a higher image_folder",
+            )
+        return path
+
+
+def _read_local(path: Path, limit: int) -> bytes:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise RowError(Reason.MISSING_FILE, f"{path} is not a regular file", str(path))
+    if status.st_size > limit:
+        raise RowError(Reason.TOO_LARGE, f"{path} has {status.st_size:,} bytes, over {limit:,}")
+    return path.read_bytes()
+
+
+def _read_remote(uri: str, limit: int) -> bytes:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    size = filesystem.info(path)["size"] or 0
+    if size > limit:
+        raise RowError(Reason.TOO_LARGE, f"{uri} has {size:,} bytes, over {limit:,}")
+    return bytes(filesystem.cat_file(path))
+
+
+def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[R]:
+    """Yield `read(item)` in order while `READERS` threads work on the items that follow; memory holds those only."""
+    with ThreadPoolExecutor(READERS) as threads:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                pending.append(threads.submit(read, item))
+                if len(pending) > READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
