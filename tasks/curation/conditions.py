@@ -30,7 +30,7 @@ REFUSED_NODES = {
     "SUBQUERY": "contains a query of its own",
     "WINDOW": "uses a window function",
     "STAR": "uses *",
-    "LAMBDA": "uses a lambda",
+    "LAMBDA": "uses a lambda or ->, which for JSON is ->> or json_extract(…)",
     "COLLATE": "uses a collation",
     "POSITIONAL_REFERENCE": "uses a column's position",
 }
@@ -41,7 +41,7 @@ OPERATORS = _words(
 )
 
 FUNCTIONS = _words(
-    "+ - * / // % ^ ** || & | << >> ~~ !~~ ~~* !~~* ~~~ ^@ -> ->>",
+    "+ - * / // % ^ ** || & | << >> ~~ !~~ ~~* !~~* ~~~ ^@ ->>",
     "like_escape not_like_escape ilike_escape not_ilike_escape",
     "abs bit_count ceil ceiling exp floor fmod greatest isfinite isinf isnan least ln log log10 log2 mod pow power",
     "round sign sqrt trunc xor",
@@ -159,7 +159,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def _nodes(connection: duckdb.DuckDBPyConnection, sql: str, what: str) -> list[dict[str, Any]]:
     """All nodes of the expression's tree; refuses what is not a single expression in brackets."""
-    query = _parse(connection, f"SELECT (\n{sql}\n)")
+    query = _parse(connection, f"SELECT (\n{sql}\n)") if sql.strip() else "there is nothing"
     if isinstance(query, str):
         raise PolicyError(f"{what} is not one SQL expression: {query}. It reads: {sql.strip()!r}.")
     alone = _parse(connection, "SELECT (true)")
