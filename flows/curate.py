@@ -9,11 +9,6 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.events import emit_event
 from pydantic import Field
-from tasks.curation.funnel import funnel_markdown
-from tasks.curation.ingest import SourceFile, find_source_files, ingest_file
-from tasks.curation.pairs.exact import find_exact_pairs
-from tasks.curation.pairs.perceptual import find_perceptual_pairs
-from tasks.curation.score import score_shard
 
 from flows.steps import grouped, step, task_runner
 from storage.catalog import write_catalog
@@ -23,7 +18,12 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation import decide as deciding
 from tasks.curation import publish as publishing
+from tasks.curation.funnel import funnel_markdown
+from tasks.curation.ingest import SourceFile, find_source_files, ingest_file
+from tasks.curation.pairs.exact import find_exact_pairs
+from tasks.curation.pairs.perceptual import find_perceptual_pairs
 from tasks.curation.policy import Policy, load_policy
+from tasks.curation.score import score_shard
 from tasks.curation.signals import Signal, SignalSettings, build_signals
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
@@ -151,9 +151,7 @@ def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) ->
     return evidence
 
 
-def pair_pool(
-    pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse
-) -> list[PairsRef]:
+def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[PairsRef]:
     """Find the pairs that the policy's duplicate rules ask for."""
     by_name = {signal.signal: signal for signal in signals}
     return [

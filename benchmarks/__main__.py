@@ -1,0 +1,90 @@
+"""`make bench`: run the benchmarks that need no GPU, then make the tables of `benchmarks/README.md` from the results.
+
+`python -m benchmarks scoring pairs` runs some; `python -m benchmarks --tables` only makes the tables.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+BENCHMARKS = {
+    "scoring": "All signals that need no model, on 640x480 JPEG, against decoding alone and a plain loop.",
+    "pairs": "All pairs of 64-bit hashes that differ in at most 4 bits, against DuckDB and faiss.",
+    "demo": "`make demo` on two cores: from nothing, again, with another threshold, with 50 more samples.",
+}
+GPU_BENCHMARKS = {"gpu_qlora": "QLoRA from snapshot to merged model on one GPU."}
+
+HEAD = """# Benchmarks
+
+`make bench` measures and writes `results/<name>.json` (command, device, versions, date, figures); this page is made
+from those files by `python -m benchmarks --tables` and never edited by hand. GPU measurements are scripts in `gpu/`.
+"""
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(BENCHMARKS)}; all if none is named")
+    parser.add_argument("--tables", action="store_true", help="only make the tables")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    for name in [] if arguments.tables else arguments.names or BENCHMARKS:
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+    (RESULTS.parent / "README.md").write_text(page())
+
+
+def page() -> str:
+    """Return the page of all results."""
+    parts = [HEAD]
+    for name, about in (BENCHMARKS | GPU_BENCHMARKS).items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(section(name, about, json.loads(path.read_text())))
+    return "\n".join(parts)
+
+
+def section(name: str, about: str, result: dict[str, Any]) -> str:
+    """Return one result as a Markdown section with a table of its figures."""
+    meta = {"details", "command", "device", "date", "commit", "python", "versions"}
+    figures = {key: value for key, value in result.items() if key not in meta}
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    rows = [
+        f"| {key} | {value:,.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in figures.items()
+    ]
+    details = [f"| {key} | {show(value)} |" for key, value in result["details"].items()]
+    return "\n".join(
+        [
+            f"## {name}",
+            "",
+            about,
+            "",
+            "| figure | value |",
+            "|:--|--:|",
+            *rows,
+            "",
+            *(["| detail | |", "|:--|:--|", *details, ""] if details else []),
+            f"`{result['command']}` on {result['device']}, {result['date']}, commit {result['commit']}, "
+            f"Python {result['python']}; {versions}.",
+            "",
+        ]
+    )
+
+
+def show(value: Any) -> str:
+    """Return a detail as one table cell."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {show(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()
