@@ -4,10 +4,10 @@ Only what the policy's SQL reads is loaded, shard by shard; no signal is compute
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import accumulate
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -24,14 +24,12 @@ from tasks.curation.columns import Columns, find_columns
 from tasks.curation.conditions import PolicyError, evaluate, locked_connection
 from tasks.curation.duplicates import Evidence, Rule, Survivors, choose_survivors, read_evidence
 from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.parallel import in_order
 from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
 
 VERSION = 1
 READERS = 8
 """Shards read or written at once: enough to hide an object store's delay, few enough to hold in memory."""
-
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 def decide(
@@ -51,14 +49,8 @@ def decide(
     Raises `PolicyError` before anything is read if the policy does not fit the signals and pairs, and
     `EvidenceError` if those don't fit the pool.
     """
-    inputs = {
-        "pool": pool.fingerprint,
-        "signals": [[signal.signal, signal.fingerprint] for signal in signals],
-        "pairs": [[pair.kind, pair.fingerprint] for pair in pairs],
-    }
-    config = {"version": VERSION, "policy": policy.model_dump(mode="json")}
-    identity = fingerprint([config, inputs])
-    ref = DecisionsRef(identity, f"decisions/{identity}")
+    config, inputs = _depends_on(pool, policy, signals, pairs)
+    ref = decisions_ref(pool, policy, signals, pairs)
     if read_record(warehouse, ref.record) is not None:
         return Outcome(ref, cached=True)
 
@@ -75,11 +67,32 @@ def decide(
         shard, rows = part
         warehouse.write_table(ref.table(shard), tables.rows(rows))
 
-    for _ in _in_parallel(write, _parts(pool)):
+    for _ in in_order(write, _parts(pool), threads=READERS):
         pass
     funnel = tables.funnel()
-    write_record(warehouse, ref.record, Record("decide", identity, config, inputs, funnel.counts, funnel.as_dict()))
+    record = Record("decide", ref.fingerprint, config, inputs, funnel.counts, funnel.as_dict())
+    write_record(warehouse, ref.record, record)
     return Outcome(ref, cached=False)
+
+
+def decisions_ref(
+    pool: PoolRef, policy: Policy, signals: Sequence[SignalRef], pairs: Sequence[PairsRef]
+) -> DecisionsRef:
+    """Return where the decisions on these inputs lie, whether they were made yet or not."""
+    identity = fingerprint(_depends_on(pool, policy, signals, pairs))
+    return DecisionsRef(identity, f"decisions/{identity}")
+
+
+def _depends_on(
+    pool: PoolRef, policy: Policy, signals: Sequence[SignalRef], pairs: Sequence[PairsRef]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = {"version": VERSION, "policy": policy.model_dump(mode="json")}
+    inputs = {
+        "pool": pool.fingerprint,
+        "signals": [[signal.signal, signal.fingerprint] for signal in signals],
+        "pairs": [[pair.kind, pair.fingerprint] for pair in pairs],
+    }
+    return config, inputs
 
 
 @dataclass(frozen=True)
@@ -93,12 +106,16 @@ class _Samples:
 
 def _judge(pool: PoolRef, checked: CheckedPolicy, columns: Columns, warehouse: Warehouse) -> _Samples:
     """Evaluate every expression on every sample, a few shards in memory at a time."""
+
+    def read(shard: ShardRef) -> pa.Table:
+        return columns.read(shard, checked.columns, warehouse=warehouse)
+
     ids: list[pa.ChunkedArray] = []
     failed: list[NDArray[np.uint64]] = []
     ranked: dict[int, list[NDArray[np.float64]]] = {at: [] for at in checked.fractions}
     preferred: list[pa.Table] = []
     with locked_connection() as connection:
-        for rows in _in_parallel(lambda shard: columns.read(shard, checked.columns, warehouse=warehouse), pool.shards):
+        for rows in in_order(read, pool.shards, threads=READERS):
             values = _evaluate(connection, checked, rows)
             bits = np.zeros(len(rows), np.uint64)
             for at in range(len(checked.conditions)):
@@ -247,17 +264,7 @@ def failed_names(failed: NDArray[np.uint64], names: Sequence[str]) -> pa.ListArr
     )
 
 
-def _parts(pool: PoolRef) -> Iterator[tuple[ShardRef, slice]]:
+def _parts(pool: PoolRef) -> list[tuple[ShardRef, slice]]:
     """Each shard with the place of its rows among all of the pool's."""
-    begin = 0
-    for shard in pool.shards:
-        yield shard, slice(begin, begin + shard.rows)
-        begin += shard.rows
-
-
-def _in_parallel(function: Callable[[S], T], values: Iterable[S]) -> Iterator[T]:
-    """The results in order, with at most `READERS` of them waiting in memory."""
-    values = list(values)
-    with ThreadPoolExecutor(READERS) as threads:
-        for begin in range(0, len(values), READERS):
-            yield from threads.map(function, values[begin : begin + READERS])
+    ends = list(accumulate(shard.rows for shard in pool.shards))
+    return [(shard, slice(end - shard.rows, end)) for shard, end in zip(pool.shards, ends, strict=True)]

@@ -1,6 +1,5 @@
 """A small warehouse written by hand: a pool, its signals' tables and pairs, from rows you can see in the test."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,9 +113,3 @@ def files(warehouse: Warehouse, folder: str) -> dict[str, bytes]:
     """All files below a folder by path, with their bytes."""
     root = warehouse.local_path(folder)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
-def manifest(warehouse: Warehouse, path: str) -> dict[str, Any]:
-    """A manifest as it lies there."""
-    content: dict[str, Any] = json.loads(warehouse.read_bytes(path))
-    return content

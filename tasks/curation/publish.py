@@ -1,0 +1,141 @@
+"""Publishing: a decision becomes a numbered snapshot of self-contained shards.
+
+Files are named by what they hold, so shards that did not change since the last snapshot are shared; the manifest,
+written last, is what makes them a snapshot.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage.record import read_record
+from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
+from storage.schema import DECISIONS, HOLDOUT
+from storage.snapshot import Draft, Manifest, commit, numbers, read_manifest
+from storage.warehouse import Warehouse, check_name
+from tasks.curation.columns import EvidenceError, find_columns
+from tasks.curation.decide import decisions_ref
+from tasks.curation.duplicates import read_evidence
+from tasks.curation.parallel import in_order
+from tasks.curation.policy import SPLIT_CONFLICT, Policy
+from tasks.curation.snapshot_files import SnapshotFiles, Verdicts
+from tasks.curation.splits import SPLITS, assign_splits
+
+READERS = 8
+WRITERS = 2
+"""Shards of images copied at once; each holds up to two row groups of them in memory."""
+
+
+def publish(
+    dataset: str,
+    pool: PoolRef,
+    decisions: DecisionsRef,
+    policy: Policy,
+    signals: Sequence[SignalRef],
+    pairs: Sequence[PairsRef],
+    *,
+    warehouse: Warehouse,
+) -> Outcome[SnapshotRef]:
+    """Publish what was decided as the next snapshot of `dataset`; cached if the latest one is the same.
+
+    Curated shards hold the kept samples with their split and the signals' scalar columns. Samples that would have to
+    change their split (see `assign_splits`) are left out, and say so in the published decisions: not kept, failed
+    `split_conflict`. May be called by several at once, and again after being killed.
+
+    Raises `EvidenceError` if the decisions were not made from these inputs.
+    """
+    check_name(dataset, "dataset")
+    record = read_record(warehouse, decisions.record)
+    if record is None or decisions != decisions_ref(pool, policy, signals, pairs):
+        raise EvidenceError(
+            f"{decisions.folder} does not hold the decisions of policy {policy.name} on pool {pool.name} with these "
+            "signals and pairs. Call decide with the same ones first."
+        )
+    columns = find_columns(pool, signals, warehouse=warehouse)
+    evidence = read_evidence(pairs, warehouse=warehouse)
+
+    def build(parent: Manifest | None) -> Draft:
+        decided = _read_decisions(pool, decisions, warehouse)
+        ids, kept = _columns(decided, "sample_id"), _columns(decided, "kept")
+        published = _published_splits(dataset, parent, warehouse)
+        split = assign_splits(ids.filter(kept), evidence=evidence, published=published, splits=policy.splits)
+        verdicts = _verdicts(pool, decided, kept, split)
+        entries = (*parent.decisions, *parent.curated) if parent else ()
+        files = SnapshotFiles(dataset, columns, {entry.path: entry for entry in entries}, warehouse)
+        not_empty = [shard for shard in verdicts if shard.published]
+        return Draft(
+            pool=pool.name,
+            pool_shards=tuple(shard.name for shard in pool.shards),
+            policy=policy.model_dump(mode="json"),
+            signals={signal.signal: signal.fingerprint for signal in signals},
+            pairs={pair.kind: pair.fingerprint for pair in pairs},
+            decisions=tuple(in_order(files.write_decisions, verdicts, threads=READERS)),
+            curated=tuple(in_order(files.write_curated, not_empty, threads=WRITERS)),
+            holdout=files.write_holdout(
+                pa.table([ids.filter(kept), split], schema=HOLDOUT), parent.holdout if parent else None
+            ),
+            counts={**record.counts, **_split_counts(split)},
+        )
+
+    return commit(warehouse, dataset, build)
+
+
+def _read_decisions(pool: PoolRef, decisions: DecisionsRef, warehouse: Warehouse) -> list[pa.Table]:
+    def read(shard: ShardRef) -> pa.Table:
+        return warehouse.read_table(decisions.table(shard))
+
+    return list(in_order(read, pool.shards, threads=READERS))
+
+
+def _columns(tables: Iterable[pa.Table], name: str) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for table in tables for chunk in table[name].chunks], DECISIONS.field(name).type)
+
+
+def _published_splits(dataset: str, parent: Manifest | None, warehouse: Warehouse) -> pa.Table:
+    """The split that each sample was ever published in, as far back as there are snapshots.
+
+    A sample that was trained on, rejected since and kept again must not come back as a test sample.
+    """
+
+    def read(path: str) -> pa.Table:
+        return warehouse.read_table(path, HOLDOUT.names).cast(HOLDOUT)
+
+    if parent is None:
+        return HOLDOUT.empty_table()
+    earlier = [number for number in numbers(warehouse, dataset) if number < parent.number]
+    manifests = [parent, *(read_manifest(warehouse, SnapshotRef(dataset, number)) for number in reversed(earlier))]
+    paths = [entry.path for manifest in manifests for entry in manifest.curated]
+    paths += [parent.holdout.path] if parent.holdout else []
+    return pa.concat_tables([HOLDOUT.empty_table(), *in_order(read, list(dict.fromkeys(paths)), threads=READERS)])
+
+
+def _verdicts(
+    pool: PoolRef, decided: Sequence[pa.Table], kept: pa.ChunkedArray, split: pa.StringArray
+) -> list[Verdicts]:
+    """What is published about each shard; `split` is that of all kept samples, null for those to leave out."""
+    is_kept = np.asarray(kept)
+    of_all = split.take(pa.array(np.cumsum(is_kept) - 1, mask=~is_kept))
+    verdicts, begin = [], 0
+    for shard, table in zip(pool.shards, decided, strict=True):
+        own = of_all.slice(begin, len(table))
+        begin += len(table)
+        verdicts.append(Verdicts(shard, _without(table, pc.and_(table["kept"], pc.is_null(own))), own))
+    return verdicts
+
+
+def _without(decisions: pa.Table, left_out: pa.ChunkedArray) -> pa.Table:
+    """The decisions with some kept samples rejected for their split."""
+    if not pc.any(left_out).as_py():
+        return decisions
+    rows = [
+        {**row, "kept": False, "failed": [SPLIT_CONFLICT]} if leaves else row
+        for row, leaves in zip(decisions.to_pylist(), left_out.to_pylist(), strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=DECISIONS)
+
+
+def _split_counts(split: pa.StringArray) -> dict[str, int]:
+    found = {count["values"]: count["counts"] for count in pc.value_counts(split).to_pylist()}
+    return {**{name: found.get(name, 0) for name in SPLITS}, SPLIT_CONFLICT: found.get(None, 0)}

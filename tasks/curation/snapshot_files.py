@@ -1,0 +1,115 @@
+"""The files of a snapshot, each named by what it holds and left alone if it is there already."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from storage.fingerprint import file_digest, fingerprint
+from storage.refs import ShardRef
+from storage.schema import CURATED, HOLDOUT, SAMPLES, SPLIT
+from storage.snapshot import FileEntry
+from storage.warehouse import ROW_GROUP_BYTES, Warehouse
+from tasks.curation.columns import Columns
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What is published about one shard's samples, in its order: the decisions, and the split or null for no."""
+
+    shard: ShardRef
+    decisions: pa.Table
+    split: pa.StringArray
+
+    @property
+    def published(self) -> int:
+        """How many samples are published."""
+        return len(self.split) - int(self.split.null_count)
+
+
+@dataclass(frozen=True)
+class SnapshotFiles:
+    """Writes a dataset's files. `known` has the parent snapshot's entries by path, which need no second look."""
+
+    dataset: str
+    columns: Columns
+    known: Mapping[str, FileEntry]
+    warehouse: Warehouse
+
+    def write_decisions(self, verdicts: Verdicts) -> FileEntry:
+        """Write the decisions on one shard."""
+        # the shard's name stands for its samples, so the rejected ones tell all there is to tell
+        rejected = verdicts.decisions.filter(pc.invert(verdicts.decisions["kept"]))
+        identity = fingerprint([VERSION, verdicts.shard.name, rejected.to_pylist()])
+        path = f"snapshots/{self.dataset}/decisions/{identity}.parquet"
+        if not self._is_there(path):
+            self.warehouse.write_table(path, verdicts.decisions)
+        return self._entry(path, verdicts.shard.name)
+
+    def write_curated(self, verdicts: Verdicts) -> FileEntry:
+        """Write the published samples of one shard, with their split and the signals' scalar columns."""
+        shard = verdicts.shard
+        published = verdicts.decisions["sample_id"].filter(verdicts.split.is_valid())
+        signals = [[signal.signal, signal.fingerprint] for signal in self.columns.by_signal]
+        content = [published.to_pylist(), verdicts.split.drop_null().to_pylist()]
+        path = f"snapshots/{self.dataset}/curated/{fingerprint([VERSION, shard.name, signals, content])}.parquet"
+        if not self._is_there(path):
+            with self.warehouse.building(path) as temporary:
+                self._fill_curated(temporary, verdicts)
+        return self._entry(path, shard.name)
+
+    def write_holdout(self, published: pa.Table, parent: FileEntry | None) -> FileEntry | None:
+        """Write every sample ever held out: the parent's, and those of `published` that are not in train."""
+        before = self.warehouse.read_table(parent.path) if parent else HOLDOUT.empty_table()
+        held_out = published.filter(pc.not_equal(published["split"], "train"))
+        is_new = pc.invert(pc.is_in(held_out["sample_id"], value_set=before["sample_id"].combine_chunks()))
+        table = pa.concat_tables([before.cast(HOLDOUT), held_out.filter(is_new).cast(HOLDOUT)]).sort_by("sample_id")
+        if not table.num_rows:
+            return None
+        identity = fingerprint([VERSION, table["sample_id"].to_pylist(), table["split"].to_pylist()])
+        path = f"snapshots/{self.dataset}/holdout/{identity}.parquet"
+        if not self._is_there(path):
+            self.warehouse.write_table(path, table)
+        return self._entry(path, "")
+
+    def _fill_curated(self, target: Path, verdicts: Verdicts) -> None:
+        """Copy the published rows, one row group of the shard in memory at a time."""
+        schema = pa.schema([*CURATED, *self.columns.schema])
+        measured = self.columns.read(verdicts.shard, self.columns.schema.names, warehouse=self.warehouse)
+        extra = measured.drop_columns("sample_id").add_column(0, SPLIT, verdicts.split)
+        with pq.ParquetWriter(target, schema, compression="zstd", write_page_index=True) as writer:
+            for rows in self._published_rows(verdicts.shard, extra):
+                writer.write_table(rows.select(schema.names).cast(schema), row_group_size=len(rows))
+
+    def _published_rows(self, shard: ShardRef, extra: pa.Table) -> Iterator[pa.Table]:
+        """The shard's rows that have a split, with the columns of `extra`, in tables of about a row group."""
+        waiting: list[pa.Table] = []
+        begin = 0
+        with self.warehouse.open_parquet(shard.path) as samples:
+            for group in range(samples.num_row_groups):
+                rows = samples.read_row_group(group, SAMPLES.names)
+                beside = extra.slice(begin, len(rows))
+                begin += len(rows)
+                for name in beside.column_names:
+                    rows = rows.append_column(name, beside[name])
+                waiting.append(rows.filter(rows["split"].is_valid()))
+                if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
+                    yield pa.concat_tables(waiting)
+                    waiting = []
+        if any(len(table) for table in waiting):
+            yield pa.concat_tables(waiting)
+
+    def _is_there(self, path: str) -> bool:
+        return path in self.known or self.warehouse.exists(path)
+
+    def _entry(self, path: str, pool_shard: str) -> FileEntry:
+        if path in self.known:
+            return self.known[path]
+        with self.warehouse.downloaded(path) as file:
+            rows = pq.read_metadata(file).num_rows
+            return FileEntry(path, rows, file.stat().st_size, file_digest(file), pool_shard)
