@@ -1,0 +1,143 @@
+"""A batch: what signals measure at once, read from a shard and decoded in threads while earlier ones are measured.
+
+Every image is opened once and decoded at most once, at full size: a perceptual hash or score must not depend on
+which other signals happened to be missing. What signals keep of the pixels is taken at once, so memory holds the
+pixels of one image a thread, whatever the images' size.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.curation.decode import EncodedImage, Header
+
+if TYPE_CHECKING:
+    from tasks.curation.signals.contract import Signal
+
+ROWS = 128
+"""Samples in a batch: what a model sees at once."""
+
+AHEAD = 2
+"""Batches that are decoded ahead of the one being measured."""
+
+_CHUNK = 8
+
+
+class Needs(IntEnum):
+    """What a signal needs of a sample's image; each level includes those before it."""
+
+    NOTHING = 0
+    HEADER = 1
+    PIXELS = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples to be measured, in the shard's order; every list has one entry a sample.
+
+    `images` are the original bytes and `headers` what they say, None where there are none or they can't be read; both
+    are empty if only captions were read. `views` are what the signal's own `view` kept of each image, None where it
+    can't be decoded.
+    """
+
+    captions: pa.StringArray
+    images: Sequence[bytes | None] = ()
+    headers: Sequence[Header | None] = ()
+    views: Sequence[Any] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """A batch's samples as read: `views` by signal, and the error by row for images that failed to decode."""
+
+    sample_ids: pa.StringArray
+    captions: pa.StringArray
+    images: list[bytes | None]
+    headers: list[Header | None]
+    views: dict["Signal", list[Any]]
+    errors: dict[int, Exception]
+
+    def for_signal(self, signal: "Signal") -> Batch:
+        """Return the batch as `signal` is to see it."""
+        return Batch(self.captions, self.images, self.headers, self.views.get(signal, ()))
+
+
+@dataclass
+class _Seen:
+    header: Header | None = None
+    views: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+
+
+def read_batches(
+    parquet: pq.ParquetFile, signals: Sequence["Signal"], *, threads: int, rows: int = ROWS
+) -> Iterator[ReadBatch]:
+    """Yield a shard's samples in order, `rows` at a time, with what `signals` need of them.
+
+    The images are not even read if no signal needs them. Only errors of decoding are kept; an error in a signal's
+    `view` is raised.
+    """
+    needs = max(signal.needs for signal in signals)
+    viewers = [signal for signal in signals if signal.needs is Needs.PIXELS]
+    columns = ["sample_id", "caption", *(["image.bytes"] if needs else [])]
+    waiting: deque[tuple[pa.RecordBatch, list[bytes | None], list[Future[list[_Seen]]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for read in parquet.iter_batches(rows, columns=columns):
+                images = read.column("image").field("bytes").to_pylist() if needs else []
+                chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+                waiting.append((read, images, [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]))
+                if len(waiting) > AHEAD:
+                    yield _assemble(*waiting.popleft(), viewers)
+            while waiting:
+                yield _assemble(*waiting.popleft(), viewers)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _look_at_all(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
+    return [_look_at(data, viewers) for data in images]
+
+
+def _look_at(data: bytes | None, viewers: Sequence["Signal"]) -> _Seen:
+    seen = _Seen()
+    if data is None:
+        return seen
+    try:
+        with EncodedImage(data) as encoded:
+            seen.header = encoded.header
+            if not viewers:
+                return seen
+            pixels = encoded.decode()
+    except Exception as error:  # Pillow and the libraries under it raise nearly anything
+        seen.error = error
+        return seen
+    seen.views = [viewer.view(pixels) for viewer in viewers]
+    return seen
+
+
+def _assemble(
+    read: pa.RecordBatch,
+    images: list[bytes | None],
+    futures: Sequence[Future[list[_Seen]]],
+    viewers: Sequence["Signal"],
+) -> ReadBatch:
+    seen = [one for future in futures for one in future.result()]
+    views = {viewer: [one.views[i] if one.views else None for one in seen] for i, viewer in enumerate(viewers)}
+    return ReadBatch(
+        sample_ids=read.column("sample_id"),
+        captions=read.column("caption"),
+        images=images,
+        headers=[one.header for one in seen],
+        views=views,
+        errors={row: one.error for row, one in enumerate(seen) if one.error is not None},
+    )

@@ -1,0 +1,68 @@
+"""Perceptual hash: 64 bits that stay nearly the same when an image is re-encoded, resized or slightly retouched."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.fft import dct
+
+from storage.schema import column
+from tasks.curation.batch import Batch, Needs
+from tasks.curation.decode import Pixels
+from tasks.curation.signals.contract import Signal
+from tasks.curation.signals.lanczos import shrink
+
+THUMBNAIL = 32
+"""Side of the grey thumbnail that is hashed, pixels."""
+
+FLAT = 2.0
+"""Standard deviation of the thumbnail, in grey levels of 255, under which the hash is noise."""
+
+
+@dataclass(frozen=True)
+class PerceptualHash(Signal):
+    """pHash as imagehash defines it, bit for bit on the same pixels: 32 x 32 grey thumbnail, DCT, 8 x 8 lowest
+    frequencies, each compared with their median.
+
+    Always taken from the image decoded at full size, so no drift against `imagehash.phash` is allowed for. Robust to
+    re-encoding and scaling, not to cropping, rotation or mirroring.
+    """
+
+    name = "perceptual"
+    version = 1
+    needs = Needs.PIXELS
+    columns = pa.schema(
+        [
+            column("phash", pa.uint64(), "bits row by row, the first one highest; compare by Hamming distance"),
+            column("flat", pa.bool_(), "too little variance for the hash to mean anything"),
+        ]
+    )
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """See `Signal.parameters`."""
+        return {"flat": FLAT}
+
+    def view(self, pixels: Pixels) -> npt.NDArray[np.uint8]:
+        """Return the grey thumbnail, uint8 of shape (32, 32)."""
+        grey = pixels.image.convert("L")
+        return shrink(np.asarray(grey), THUMBNAIL)
+
+    def measure(self, batch: Batch) -> pa.RecordBatch:
+        """See `Signal.measure`."""
+        found = np.array([view is not None for view in batch.views])
+        thumbnails = np.stack([view for view in batch.views if view is not None] or [np.zeros((THUMBNAIL,) * 2)])
+        hashes = np.zeros(len(batch), np.uint64)
+        flat = np.zeros(len(batch), np.bool_)
+        if found.any():
+            hashes[found] = phash(thumbnails)
+            flat[found] = thumbnails.std(axis=(1, 2)) < FLAT
+        return pa.record_batch([pa.array(hashes, mask=~found), pa.array(flat, mask=~found)], schema=self.columns)
+
+
+def phash(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Return the hash of each grey thumbnail; uint8 of shape (images, 32, 32) in, uint64 of shape (images,) out."""
+    frequencies = dct(dct(thumbnails.astype(np.float64), axis=1), axis=2)[:, :8, :8].reshape(-1, 64)
+    bits = frequencies > np.median(frequencies, axis=1, keepdims=True)
+    return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
