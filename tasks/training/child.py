@@ -32,9 +32,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
-from tasks.training.collate import CompletionCollator, check_loss_mask, stop_ids
+from tasks.training.collate import CompletionCollator, check_loss_mask
 from tasks.training.dataset import read_examples
 from tasks.training.recipe import Recipe
+from tasks.training.template import stop_ids
 
 log = logging.getLogger(__name__)
 

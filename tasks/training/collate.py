@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from tasks.training.dataset import text_of
+from tasks.training.template import render_prompt
 
 IGNORED = -100
 
 
 class LossMaskError(RuntimeError):
-    """The loss would cover what it should not, or miss what it should; the message shows the row and the tokens."""
+    """The loss would cover what it should not, or miss what it should; the message shows the sample and the tokens."""
 
 
 @dataclass
@@ -38,26 +37,6 @@ class CompletionCollator(DataCollatorForVisionLanguageModeling):
         stopped_before = stops.cumsum(dim=1) - stops.long() > 0
         batch["labels"] = labels.masked_fill(stopped_before, IGNORED)
         return batch
-
-
-def stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the ids of the tokens at which the model's generation ends. Raises `LossMaskError` if it names none."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    found = [configured] if isinstance(configured, int) else list(configured or [])
-    if not found:
-        raise LossMaskError(
-            "the model's generation_config names no eos_token_id, so answers would never end. Add the token that ends "
-            "a turn to its generation_config.json."
-        )
-    return tuple(found)
-
-
-def render_prompt(processor: ProcessorMixin, row: Mapping[str, Any]) -> str:
-    """Return the text the model is given to answer: the row's prompt after its image, ready for the answer."""
-    messages = prepare_multimodal_messages(row["prompt"], images=row["images"])
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(text, str)
-    return text
 
 
 def check_loss_mask(collator: CompletionCollator, rows: Iterable[Mapping[str, Any]]) -> None:

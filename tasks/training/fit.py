@@ -29,6 +29,7 @@ from tasks.training.dataset import Examples, write_examples
 from tasks.training.gpu import reserved_gpu
 from tasks.training.process import RESULT, ChildFailed, run_child
 from tasks.training.recipe import Recipe, RecipeError
+from tasks.training.run import FinishedRun, read_run
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def train(
     if warehouse.exists(run.table):
         return Outcome(run, cached=True)
     if parent_run:
-        _check_parent(parent_run, recipe, plan.base, warehouse)
+        _check_parent(read_run(parent_run, warehouse), recipe, plan.base)
     with _scratch(run, warehouse, on_log) as scratch:
         if warehouse.exists(run.table):  # another process finished it while this one waited
             return Outcome(run, cached=True)
@@ -113,20 +114,15 @@ class _Plan:
         return cls(run, snapshot, recipe, base, parent_run, inputs)
 
 
-def _check_parent(parent: RunRef, recipe: Recipe, base: BaseModel, warehouse: Warehouse) -> None:
+def _check_parent(parent: FinishedRun, recipe: Recipe, base: BaseModel) -> None:
     """Raise `RecipeError` unless the parent's adapter fits the recipe's base model and LoRA."""
-    [row] = warehouse.read_table(parent.table).to_pylist()
-    if row["base_model_fingerprint"] != base.fingerprint:
-        raise RecipeError(
-            f"base_model: {recipe.base_model!r} is not the model that the parent run {parent.run_id} was trained on "
-            f"({row['base_model']!r}, fingerprint {row['base_model_fingerprint']}). Use that one, or no parent run."
-        )
-    trained = json.loads(row["recipe"])
+    parent.check_base(base)
     for name in ("lora_rank", "lora_alpha", "lora_targets"):
-        if trained[name] != getattr(recipe, name):
+        has, wanted = getattr(parent.recipe, name), getattr(recipe, name)
+        if has != wanted:
             raise RecipeError(
-                f"{name}: is {getattr(recipe, name)!r}, but the adapter of the parent run {parent.run_id} has "
-                f"{trained[name]!r}. Write the parent's value, or use no parent run."
+                f"{name}: is {wanted!r}, but the adapter of the parent run {parent.ref.run_id} has {has!r}. "
+                "Write the parent's value, or use no parent run."
             )
 
 
