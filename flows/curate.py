@@ -3,14 +3,17 @@
 `python -m flows.curate` is not needed: call `curate(...)`, or deploy it with `deployments/prefect.yaml`.
 """
 
+from math import ceil
+from pathlib import PurePosixPath
 from typing import Annotated
 
+import pyarrow as pa
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.events import emit_event
 from pydantic import Field
 
-from flows.steps import grouped, step, task_runner
+from flows.steps import grouped, in_groups, step, task_runner
 from storage.catalog import write_catalog
 from storage.pool import read_pool
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
@@ -18,13 +21,18 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation import decide as deciding
 from tasks.curation import publish as publishing
-from tasks.curation.funnel import funnel_markdown
-from tasks.curation.ingest import SourceFile, find_source_files, ingest_file
+from tasks.curation.funnel import Funnel, funnel_markdown
+from tasks.curation.ingest import IngestedFile, ingest_file
 from tasks.curation.pairs.exact import find_exact_pairs
 from tasks.curation.pairs.perceptual import find_perceptual_pairs
 from tasks.curation.policy import Policy, load_policy
 from tasks.curation.score import score_shard
 from tasks.curation.signals import Signal, SignalSettings, build_signals
+from tasks.curation.sources.contract import SourceFile
+from tasks.curation.sources.find import find_source_files
+
+PAIR_DISTANCE = 4
+"""Bits up to which perceptual pairs are kept as evidence, so that a policy can choose among them."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 
@@ -54,7 +62,7 @@ def curate(
     store = Warehouse(warehouse)
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
-    rules.check([signal.columns for signal in measures])
+    rules.check(pa.schema([column for signal in measures for column in signal.columns]))
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
     evidence = score_pool(samples, measures, warehouse=store)
@@ -68,10 +76,11 @@ def curate(
 # -- the steps ------------------------------------------------------------------------------------------------
 
 
-@step(task_run_name="ingest {file.name}", retries=2, retry_delay_seconds=5)
-def ingest(file: SourceFile, *, pool: str, warehouse: Warehouse) -> Outcome[str]:
-    """Add one source file's new samples to the pool."""
-    return ingest_file(file, pool=pool, warehouse=warehouse)
+@step(task_run_name="ingest {name}", retries=2, retry_delay_seconds=5)
+def ingest(name: str, files: tuple[SourceFile, ...], *, pool: str, warehouse: Warehouse) -> Outcome[list[IngestedFile]]:
+    """Add the new samples of some source files to the pool."""
+    outcomes = [ingest_file(file, pool=pool, warehouse=warehouse) for file in files]
+    return Outcome([o.ref for o in outcomes], cached=all(o.cached for o in outcomes))
 
 
 @step(task_run_name="score {name}", retries=1)
@@ -84,12 +93,10 @@ def score(
 
 
 @step(task_run_name="pair {pool.name} by {kind}")
-def pair(
-    kind: str, pool: PoolRef, signal: SignalRef, *, max_distance: int | None, warehouse: Warehouse
-) -> Outcome[PairsRef]:
+def pair(kind: str, pool: PoolRef, signal: SignalRef, *, max_distance: int, warehouse: Warehouse) -> Outcome[PairsRef]:
     """Find duplicate pairs of one kind among the pool's samples."""
     if kind == "perceptual":
-        return find_perceptual_pairs(pool, signal, max_distance=max_distance or 4, warehouse=warehouse)
+        return find_perceptual_pairs(pool, signal, max_distance=max_distance, warehouse=warehouse)
     return find_exact_pairs(pool, signal, column=f"{kind}_hash", warehouse=warehouse)
 
 
@@ -129,8 +136,8 @@ def publish(
 
 def ingest_source(source: str | None, *, pool: str, warehouse: Warehouse) -> PoolRef:
     """Ingest a source file by file, in order, and return the pool as it then is."""
-    for file in find_source_files(source) if source else []:
-        ingest.submit(file, pool=pool, warehouse=warehouse).result()
+    for files in in_groups(find_source_files(source) if source else []):
+        ingest.submit(PurePosixPath(files[0].uri).name, files, pool=pool, warehouse=warehouse).result()
     samples = read_pool(warehouse, pool)
     if not samples.shards:
         raise ValueError(f"{warehouse.root}: pool {pool!r} is empty. Give a source to ingest.")
@@ -152,24 +159,21 @@ def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) ->
 
 
 def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[PairsRef]:
-    """Find the pairs that the policy's duplicate rules ask for."""
+    """Find the pairs that the policy's duplicate rules ask for, at least as far as `PAIR_DISTANCE`."""
     by_name = {signal.signal: signal for signal in signals}
-    return [
-        pair.submit(
-            kind,
-            pool,
-            by_name["perceptual" if kind == "perceptual" else "exact"],
-            max_distance=rule.max_distance,
-            warehouse=warehouse,
-        ).result()
-        for rule in policy.duplicates
-        for kind in rule.pairs
-    ]
+    futures = []
+    for rule in policy.duplicates:
+        wanted = ceil(policy.number(rule.max_distance, f"max_distance of duplicate rule {rule.name}"))
+        for kind in rule.pairs:
+            signal = by_name["perceptual" if kind == "perceptual" else "exact"]
+            distance = max(PAIR_DISTANCE, wanted)
+            futures.append(pair.submit(kind, pool, signal, max_distance=distance, warehouse=warehouse))
+    return [future.result() for future in futures]
 
 
 def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
     """Publish the funnel as an artifact."""
-    manifest = read_manifest(warehouse, snapshot)
+    funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
     create_markdown_artifact(
-        key=f"funnel-{snapshot.dataset}", markdown=funnel_markdown(manifest), description=f"Funnel of {snapshot}"
+        key=f"funnel-{snapshot.dataset}", markdown=funnel_markdown(funnel), description=f"Funnel of {snapshot}"
     )

@@ -4,6 +4,8 @@ Everything is offline: the sample is drawn here, and the two small models it nee
 """
 
 import argparse
+import atexit
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from storage.catalog import connect
 from storage.refs import SnapshotRef
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
-from tasks.curation.funnel import read_funnel
+from tasks.curation.funnel import Funnel
 from tasks.curation.funnel_picture import draw_funnel
 from tasks.curation.sample import write_extra, write_sample
 from tasks.curation.sample_truth import TRUTH_FILE, FilterScore, SampleDecision, SampleTruth, score_filters
@@ -83,13 +85,13 @@ def prepare(folder: Path, *, samples: int, extra: bool) -> SampleTruth:
 
 def scores(truth: SampleTruth, snapshot: SnapshotRef, *, warehouse: Warehouse) -> list[FilterScore]:
     """Compare the snapshot's decisions, and what ingest put into quarantine, with what was planted."""
-    catalog = connect(warehouse)
-    decided = catalog.execute(
-        "SELECT s.key, d.kept, d.failed, o.key FROM decisions d JOIN samples s USING (sample_id) "
-        "LEFT JOIN samples o ON o.sample_id = d.duplicate_of WHERE d.dataset = ? AND d.snapshot = ?",
-        [snapshot.dataset, snapshot.number],
-    ).fetchall()
-    unreadable = catalog.execute("SELECT DISTINCT key FROM quarantine").fetchall()
+    with connect(warehouse) as catalog:
+        decided = catalog.execute(
+            "SELECT s.key, d.kept, d.failed, o.key FROM decisions d JOIN samples s USING (sample_id) "
+            "LEFT JOIN samples o ON o.sample_id = d.duplicate_of WHERE d.dataset = ? AND d.snapshot = ?",
+            [snapshot.dataset, snapshot.number],
+        ).fetchall()
+        unreadable = catalog.execute("SELECT DISTINCT key FROM quarantine").fetchall()
     decisions = [SampleDecision(key, kept, tuple(failed), other) for key, kept, failed, other in decided]
     decisions += [SampleDecision(key, kept=False, quarantined=True) for (key,) in unreadable]
     return score_filters(truth, decisions)
@@ -97,7 +99,7 @@ def scores(truth: SampleTruth, snapshot: SnapshotRef, *, warehouse: Warehouse) -
 
 def tell_curation(snapshot: SnapshotRef, truth: SampleTruth, *, warehouse: Warehouse) -> None:
     """Print the funnel, and how the filters fared against the planted faults."""
-    funnel = read_funnel(read_manifest(warehouse, snapshot))
+    funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
     say(f"\n{snapshot}: kept {funnel.kept} of {funnel.samples} samples")
     table(
         ["reason", "fails", "only this", "left"],
@@ -130,7 +132,7 @@ def tell_training(result: PipelineResult, *, warehouse: Warehouse) -> None:
 
 def tell_where(snapshot: SnapshotRef, *, warehouse: Warehouse, folder: Path) -> None:
     """Draw the funnel and print where to look and what to ask next."""
-    draw_funnel(read_funnel(read_manifest(warehouse, snapshot)), folder / "funnel.png")
+    draw_funnel(Funnel.from_dict(read_manifest(warehouse, snapshot).funnel), folder / "funnel.png")
     say(f"\nFunnel picture: {folder / 'funnel.png'}")
     say(f"Any DuckDB client opens the catalog: duckdb -readonly {warehouse.uri('catalog.duckdb')}")
     for what, query in QUERIES.items():
@@ -166,3 +168,7 @@ def say(line: str) -> None:
 
 if __name__ == "__main__":
     main()
+    # Prefect's threads outlive the interpreter's end and make duckdb print a page of leak warnings: leave before it.
+    sys.stdout.flush()
+    atexit._run_exitfuncs()
+    os._exit(0)

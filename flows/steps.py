@@ -13,6 +13,7 @@ from storage.refs import Outcome, ShardRef
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 RUNNERS = {"threads": ThreadPoolTaskRunner, "processes": ProcessPoolTaskRunner}
 MAX_TASK_RUNS = 400
@@ -57,6 +58,12 @@ def task_runner() -> TaskRunner[Any]:
             f"TAMIS_RUNNER={kind} TAMIS_WORKERS={workers}: use one of {', '.join(RUNNERS)} and a number of at least 1."
         )
     return RUNNERS[kind](max_workers=int(workers))
+
+
+def in_groups(items: Sequence[T], at_most: int = MAX_TASK_RUNS) -> list[tuple[T, ...]]:
+    """Cut items into as many groups as task runs are allowed, in order."""
+    size = max(1, -(-len(items) // at_most))
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def grouped(shards: Sequence[ShardRef]) -> list[tuple[ShardRef, ...]]:

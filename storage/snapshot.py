@@ -26,12 +26,12 @@ class FileEntry:
     pool_shard: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """All that a snapshot says, before it has a number.
 
     `policy` is the whole policy, `signals` maps a signal's name to its fingerprint, `pairs` a kind to its own,
-    `counts` holds the funnel's numbers.
+    `funnel` holds what each condition and rule took away, `counts` the same and the splits by flat names.
     """
 
     pool: str
@@ -43,6 +43,7 @@ class Draft:
     curated: tuple[FileEntry, ...]
     holdout: FileEntry | None
     counts: Mapping[str, int]
+    funnel: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def content(self) -> str:
@@ -50,7 +51,7 @@ class Draft:
         return fingerprint(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Draft):
     """A published snapshot."""
 

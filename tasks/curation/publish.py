@@ -54,11 +54,11 @@ def publish(
             "signals and pairs. Call decide with the same ones first."
         )
     columns = find_columns(pool, signals, warehouse=warehouse)
-    evidence = read_evidence(pairs, warehouse=warehouse)
+    decided = _read_decisions(pool, decisions, warehouse)
+    ids, kept = _columns(decided, "sample_id"), _columns(decided, "kept")
+    evidence = read_evidence(pairs, sample_ids=ids, warehouse=warehouse)
 
     def build(parent: Manifest | None) -> Draft:
-        decided = _read_decisions(pool, decisions, warehouse)
-        ids, kept = _columns(decided, "sample_id"), _columns(decided, "kept")
         published = _published_splits(dataset, parent, warehouse)
         split = assign_splits(ids.filter(kept), evidence=evidence, published=published, splits=policy.splits)
         verdicts = _verdicts(pool, decided, kept, split)
@@ -77,6 +77,7 @@ def publish(
                 pa.table([ids.filter(kept), split], schema=HOLDOUT), parent.holdout if parent else None
             ),
             counts={**record.counts, **_split_counts(split)},
+            funnel=record.result,
         )
 
     return commit(warehouse, dataset, build)
