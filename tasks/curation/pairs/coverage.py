@@ -30,10 +30,11 @@ def extend(
     """
     identity = fingerprint([kind, config])
     folder = f"pairs/{kind}@{identity}"
-    cover = find_cover([shard.name for shard in pool.shards], read_tables(folder, warehouse))
+    shards = {shard.name: shard for shard in pool.shards}
+    tables = read_tables(folder, warehouse)
+    cover = find_cover(list(shards), tables)
     if not cover.new:
         return Outcome(PairsRef(kind, identity, cover.paths), cached=True)
-    shards = {shard.name: shard for shard in pool.shards}
     inputs = {"new": list(cover.new), "old": list(cover.old)}
     path = f"{folder}/{fingerprint(inputs)}"
     pairs = join([shards[name] for name in cover.new], [shards[name] for name in cover.old])
@@ -44,7 +45,8 @@ def extend(
         "rows": pairs.num_rows,
     }
     write_record(warehouse, f"{path}.json", Record(f"find {kind} pairs", identity, config, inputs, counts))
-    return Outcome(PairsRef(kind, identity, (*cover.paths, f"{path}.parquet")), cached=False)
+    made = Table(f"{path}.parquet", frozenset(cover.new), frozenset(cover.old))
+    return Outcome(PairsRef(kind, identity, find_cover(list(shards), [*tables, made]).paths), cached=False)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def find_cover(shards: Sequence[str], tables: Sequence[Table]) -> Cover:
         new |= bit[name] if left[name] & ~new and not new & bit[name] else 0
     partners = reduce(or_, (left[name] for name in bit if new & bit[name]), 0)
     return Cover(
-        tuple(paths),
+        tuple(sorted(paths)),
         tuple(name for name in bit if new & bit[name]),
         tuple(name for name in bit if partners & ~new & bit[name]),
     )
