@@ -3,6 +3,7 @@
 Only what the policy's SQL reads is loaded, shard by shard; no signal is computed, so another threshold costs seconds.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,10 +57,9 @@ def decide(
 
     columns = find_columns(pool, signals, warehouse=warehouse)
     checked = policy.check(columns.schema)
-    rules = _rules(checked, pairs)
+    rules = _rules(checked, pairs, warehouse)
     samples = _judge(pool, checked, columns, warehouse)
-    evidence = read_evidence(pairs, warehouse=warehouse)
-    positions = evidence.find(samples.sample_id)
+    evidence, positions = read_evidence(pairs, sample_ids=samples.sample_id, warehouse=warehouse)
     survivors = _survivors(samples, checked, rules, evidence=evidence, positions=positions)
     tables = _Tables(checked, samples, evidence, positions, survivors)
 
@@ -163,17 +163,31 @@ def _in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
     return np.asarray(scores >= threshold)
 
 
-def _rules(checked: CheckedPolicy, pairs: Sequence[PairsRef]) -> list[Rule]:
+def _rules(checked: CheckedPolicy, pairs: Sequence[PairsRef], warehouse: Warehouse) -> list[Rule]:
+    """The duplicate rules, if the pairs they need were looked for, and as far as they reach."""
     policy = checked.policy
-    known = [pair.kind for pair in pairs]
-    for rule in policy.duplicates:
-        missing = [kind for kind in rule.pairs if kind not in known]
-        if missing:
-            raise PolicyError(
-                f'{policy.origin}: duplicate rule "{rule.name}" needs pairs of kind {", ".join(missing)}. '
-                f"Kinds at hand: {', '.join(known) or 'none'}."
-            )
-    return [Rule(rule.pairs, distance) for rule, distance in zip(policy.duplicates, checked.distances, strict=True)]
+    known = {pair.kind: pair for pair in pairs}
+    rules = []
+    for rule, distance in zip(policy.duplicates, checked.distances, strict=True):
+        what = f'{policy.origin}: duplicate rule "{rule.name}"'
+        for kind in rule.pairs:
+            if kind not in known:
+                at_hand = ", ".join(known) or "none"
+                raise PolicyError(f"{what} needs pairs of kind {kind}, which were not found. Kinds at hand: {at_hand}.")
+            reach = _reach(known[kind], warehouse)
+            if distance > reach:
+                raise PolicyError(
+                    f"{what} reaches to distance {distance:g}, but pairs of kind {kind} were only looked for up to "
+                    f"{reach:g}. Look for them with max_distance={distance:g} first, or ask for less."
+                )
+        rules.append(Rule(rule.pairs, distance))
+    return rules
+
+
+def _reach(pairs: PairsRef, warehouse: Warehouse) -> float:
+    """The largest distance that pairs were looked for, as their table's record says; no limit for equal ones."""
+    record = read_record(warehouse, pairs.paths[0].removesuffix(".parquet") + ".json") if pairs.paths else None
+    return float(record.config.get("max_distance", math.inf)) if record else math.inf
 
 
 def _survivors(
@@ -193,9 +207,7 @@ def _survivors(
         connection.register("candidates", candidates)
         best_first = connection.sql(f"SELECT position FROM candidates ORDER BY {', '.join([*order, 'position'])}")
         ranked = best_first.fetchnumpy()["position"]  # positions are in the order of ids
-    present = np.zeros(len(evidence.ids), np.bool_)
-    present[positions[positions >= 0]] = True
-    return choose_survivors(evidence, rules, candidates=ranked, present=present)
+    return choose_survivors(evidence, rules, candidates=ranked)
 
 
 @dataclass(frozen=True)

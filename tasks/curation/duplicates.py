@@ -27,17 +27,42 @@ class Edges:
     right: NDArray[np.int32]
     distance: NDArray[np.float32]
 
+    def groups(self, samples: int) -> NDArray[np.int32]:
+        """Return the number of each sample's group: those at distance 0, in any steps."""
+        equal = self.distance == 0
+        return _connected(samples, self.left[equal], self.right[equal])
+
+    def among(self, present: NDArray[np.bool_]) -> "Edges":
+        """Return the same about the samples that are `present` alone: stars around another sample where one is gone."""
+        nobody = len(present)
+        group, samples = self.groups(nobody), np.flatnonzero(present).astype(np.int32)
+        centre = np.full(nobody, nobody, np.int32)
+        np.minimum.at(centre, group[samples], samples)
+        others = samples[centre[group[samples]] != samples]
+        near = self.distance > 0
+        left, right = centre[group[self.left[near]]], centre[group[self.right[near]]]
+        both = (left < nobody) & (right < nobody)
+        return Edges(
+            np.concatenate([centre[group[others]], left[both]]),
+            np.concatenate([others, right[both]]),
+            np.concatenate([np.zeros(len(others), np.float32), self.distance[near][both]]),
+        )
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """All pairs, over the samples that are in any: `ids` is sorted and without repeats."""
+    """All pairs, by kind, over the samples in `ids`, which is sorted and without repeats."""
 
     ids: pa.StringArray
     kinds: Mapping[str, Edges]
 
     def find(self, sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int32]:
-        """Return each sample's position in `ids`, or -1 for a sample that is in no pair."""
+        """Return each sample's position in `ids`, or -1 for a sample that is not there."""
         return np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
+
+    def among(self, present: NDArray[np.bool_]) -> "Evidence":
+        """Return the pairs of the samples that are `present`; the others stay in `ids`, in no pair."""
+        return Evidence(self.ids, {kind: edges.among(present) for kind, edges in self.kinds.items()})
 
     def components(self) -> NDArray[np.int32]:
         """Return for each of `ids` the position of the smallest id that pairs of any kind lead to, in any steps."""
@@ -69,33 +94,41 @@ class Survivors:
     distance: NDArray[np.float32]
 
 
-def read_evidence(pairs: Sequence[PairsRef], *, warehouse: Warehouse) -> Evidence:
-    """Read pair tables of any kinds."""
+def read_evidence(
+    pairs: Sequence[PairsRef], *, sample_ids: pa.ChunkedArray, warehouse: Warehouse
+) -> tuple[Evidence, NDArray[np.int32]]:
+    """Read the pairs of any kinds among `sample_ids`, the pool's; returns them with each sample's position in `ids`.
+
+    Tables may also speak of samples outside the pool, which are left out: samples equal or near through them stay so,
+    for that is a matter of their codes.
+    """
     tables = {ref.kind: warehouse.read_tables(ref.paths, PAIRS) for ref in pairs}
     ends = [table[name] for table in tables.values() for name in ("left_id", "right_id")]
-    ids = pc.unique(pa.chunked_array([chunk for column in ends for chunk in column.chunks], PAIRS.field(0).type))
+    ids = pc.unique(pa.chunked_array([chunk for column in ends for chunk in column.chunks], pa.string()))
     ids = ids.take(pc.sort_indices(ids))
     kinds = {}
     for kind, table in tables.items():
         left, right = (np.asarray(pc.index_in(table[name], value_set=ids)) for name in ("left_id", "right_id"))
         kinds[kind] = Edges(left.astype(np.int32), right.astype(np.int32), np.asarray(table["distance"]))
-    return Evidence(ids, kinds)
+    evidence = Evidence(ids, kinds)
+    positions = evidence.find(sample_ids)
+    present = np.zeros(len(ids), np.bool_)
+    present[positions[positions >= 0]] = True
+    return (evidence if present.all() else evidence.among(present)), positions
 
 
-def choose_survivors(
-    evidence: Evidence, rules: Sequence[Rule], *, candidates: NDArray[np.integer], present: NDArray[np.bool_]
-) -> Survivors:
+def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: NDArray[np.integer]) -> Survivors:
     """Let the best samples survive and stand in for all their neighbours.
 
     `candidates` are positions in the evidence's ids, best first; only they can survive. In that order, each one that
-    has not been taken survives and takes all its neighbours that are `present` and have not been taken, so a survivor
-    never has a better survivor for neighbour, and every duplicate is a neighbour of its survivor. A neighbour is named
-    by the first of `rules` that joins the two, and its distance is the smallest under that rule.
+    has not been taken survives and takes all its neighbours that have not been taken, so a survivor never has a better
+    survivor for neighbour, and every duplicate is a neighbour of its survivor. A neighbour is named by the first of
+    `rules` that joins the two, and its distance is the smallest under that rule.
 
     Time is linear in samples and pairs, also where thousands are equal.
     """
-    groups = {kind: _Groups.of(edges, len(evidence.ids)) for kind, edges in evidence.kinds.items()}
-    survivor = np.where(present, FREE, ABSENT).tolist()
+    groups = {kind: _Groups(edges, len(evidence.ids)) for kind, edges in evidence.kinds.items()}
+    survivor = [FREE] * len(evidence.ids)
     named_by = [-1] * len(survivor)
     distances = [float("nan")] * len(survivor)
     for best in candidates.tolist():
@@ -117,14 +150,14 @@ def choose_survivors(
     )
 
 
-FREE, SURVIVES, ABSENT = -1, -2, -3
+FREE, SURVIVES = -1, -2
 
 
 class _Groups:
     """Groups of equal samples within one kind, and the near groups of each. Plain lists: they are read one by one."""
 
-    def __init__(self, label: NDArray[np.int32], edges: Edges) -> None:
-        near = edges.distance > 0
+    def __init__(self, edges: Edges, samples: int) -> None:
+        label, near = edges.groups(samples), edges.distance > 0
         one, other = label[edges.left[near]], label[edges.right[near]]
         start, end = np.concatenate([one, other]), np.concatenate([other, one])
         by_start = np.argsort(start, kind="stable")
@@ -136,11 +169,6 @@ class _Groups:
         self.distances = np.concatenate([edges.distance[near]] * 2)[by_start].tolist()
         self.first_neighbour = _starts(start, count)
         self.taken = [False] * count
-
-    @classmethod
-    def of(cls, edges: Edges, samples: int) -> "_Groups":
-        equal = edges.distance == 0
-        return cls(_connected(samples, edges.left[equal], edges.right[equal]), edges)
 
     def around(self, sample: int, max_distance: float) -> list[tuple[float, int]]:
         """Distance and number of the sample's own group and of those near it, without groups already taken."""

@@ -56,7 +56,7 @@ def publish(
     columns = find_columns(pool, signals, warehouse=warehouse)
     decided = _read_decisions(pool, decisions, warehouse)
     ids, kept = _columns(decided, "sample_id"), _columns(decided, "kept")
-    evidence = read_evidence(pairs, sample_ids=ids, warehouse=warehouse)
+    evidence, _ = read_evidence(pairs, sample_ids=ids, warehouse=warehouse)
 
     def build(parent: Manifest | None) -> Draft:
         published = _published_splits(dataset, parent, warehouse)

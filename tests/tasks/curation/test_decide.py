@@ -13,6 +13,7 @@ from tasks.curation.columns import EvidenceError
 from tasks.curation.conditions import PolicyError
 from tasks.curation.decide import decide
 from tasks.curation.funnel import Funnel
+from tasks.curation.pairs.perceptual import find_perceptual_pairs
 from tasks.curation.policy import Policy
 from tests.tasks.curation.handmade import files, write_pairs, write_pool, write_signals
 
@@ -241,9 +242,28 @@ def test_a_value_that_does_not_fit_names_the_condition(warehouse):
 
 
 def test_a_duplicate_rule_whose_pairs_were_not_found_is_refused(warehouse):
-    with pytest.raises(PolicyError, match=r'"near" needs pairs of kind perceptual. Kinds at hand: bytes, pixels'):
+    with pytest.raises(PolicyError, match=r'"near" needs pairs of kind perceptual, .* Kinds at hand: bytes, pixels'):
         pairs = [write_pairs(warehouse, kind, []) for kind in ("bytes", "pixels")]
         run(warehouse, [{"a": {}}], policy(duplicates=DEDUPLICATE), pairs)
+
+
+def test_a_duplicate_rule_that_reaches_farther_than_pairs_were_looked_for_is_refused(warehouse):
+    rows = {"a": {"phash": 0}, "b": {"phash": 0b111}, "c": {"phash": 0b11111}}
+    pool = write_pool(warehouse, rows)
+    signals = write_signals(warehouse, pool, rows)
+    perceptual = next(signal for signal in signals if signal.signal == "perceptual")
+    pairs = [find_perceptual_pairs(pool, perceptual, max_distance=4, warehouse=warehouse).ref]
+
+    def near(distance: int) -> Policy:
+        return policy(duplicates={"near": {"pairs": ["perceptual"], "max_distance": distance}})
+
+    with pytest.raises(
+        PolicyError, match=r'"near" reaches to distance 6, but pairs of kind .* only looked for up to 4'
+    ):
+        decide(pool, near(6), signals, pairs, warehouse=warehouse)
+    found = decide(pool, near(4), signals, pairs, warehouse=warehouse).ref
+    table = warehouse.read_table(found.table(pool.shards[0]))
+    assert table["duplicate_of"].to_pylist() == [None, "a", None]
 
 
 def test_an_unscored_shard_is_named(warehouse):

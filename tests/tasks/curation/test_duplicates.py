@@ -54,7 +54,6 @@ samples = st.integers(0, 14).flatmap(
         st.lists(st.one_of(st.none(), st.integers(0, 2**BITS - 1)), min_size=n, max_size=n),  # perceptual, null if flat
         st.permutations(range(n)),  # preference
         st.lists(st.booleans(), min_size=n, max_size=n),  # passes all conditions
-        st.lists(st.integers(0, 9).map(bool), min_size=n, max_size=n),  # is in the pool
         st.sets(st.integers(0, max(0, n - 1))),  # came later, so linked to another member than the smallest
     )
 )
@@ -63,7 +62,7 @@ samples = st.integers(0, 14).flatmap(
 @settings(max_examples=400, deadline=None)
 @given(samples, st.integers(0, 3), st.permutations(range(2)))
 def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, max_distance, rule_order):
-    bytes_codes, pixel_codes, near_codes, preference, passes, present, late = drawn
+    bytes_codes, pixel_codes, near_codes, preference, passes, late = drawn
     count = len(preference)
     rules = [Rule(("bytes", "pixels"), 0), Rule(("perceptual", "bytes"), max_distance)]
     rules = [rules[at] for at in rule_order]
@@ -71,11 +70,9 @@ def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, max_distance, r
     evidence = evidence_of(
         count, {kind: compact_edges(c, 3 if kind == "perceptual" else 0, late) for kind, c in codes.items()}
     )
-    candidates = [s for s in preference if passes[s] and present[s]]
+    candidates = [s for s in preference if passes[s]]
 
-    found = choose_survivors(
-        evidence, rules, candidates=np.array(candidates, np.int64), present=np.array(present, bool)
-    )
+    found = choose_survivors(evidence, rules, candidates=np.array(candidates, np.int64))
 
     def distance(kind: str, one: int, other: int) -> float:
         a, b = codes[kind][one], codes[kind][other]
@@ -98,7 +95,7 @@ def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, max_distance, r
         survivors.append(sample)
         for other in range(count):
             joined = join(sample, other)
-            if present[other] and other != sample and other not in survivors and other not in stands_for and joined:
+            if other != sample and other not in survivors and other not in stands_for and joined:
                 stands_for[other] = (sample, *joined)
     for sample in range(count):
         expected = stands_for.get(sample, (-1, -1, np.nan))
@@ -115,7 +112,6 @@ def test_three_hundred_thousand_equal_images_take_seconds():
         evidence,
         [Rule(("bytes",), 0), Rule(("perceptual",), 4)],
         candidates=np.arange(count)[::-1],
-        present=np.ones(count, bool),
     )
     assert time.perf_counter() - began < 15
     assert (found.survivor[:-1] == count - 1).all()
@@ -127,25 +123,50 @@ def test_components_lead_to_the_smallest_id_over_all_kinds():
     assert evidence.components().tolist() == [0, 1, 2, 1, 2, 1]
 
 
-def test_evidence_is_read_from_several_tables_and_finds_its_samples(tmp_path: Path):
+def pairs_of(warehouse: Warehouse, kind: str, *tables: list[tuple[str, str, float]]) -> PairsRef:
+    paths = []
+    for at, pairs in enumerate(tables):
+        rows = [dict(zip(PAIRS.names, pair, strict=True)) for pair in pairs]
+        paths.append(f"pairs/{kind}@1/{at}.parquet")
+        warehouse.write_table(paths[-1], pa.Table.from_pylist(rows, schema=PAIRS))
+    return PairsRef(kind, "1", tuple(paths))
+
+
+def ids(text: str) -> pa.ChunkedArray:
+    return pa.chunked_array([list(text)], pa.string())
+
+
+def test_evidence_is_read_from_several_tables_with_the_places_of_the_pools_samples(tmp_path: Path):
     warehouse = Warehouse(str(tmp_path))
-    rows = {"pairs/bytes@1/a.parquet": [("c", "d", 0)], "pairs/bytes@1/b.parquet": [("a", "d", 0)]}
-    rows["pairs/perceptual@2/a.parquet"] = [("b", "c", 2)]
-    for path, pairs in rows.items():
-        columns = list(zip(*pairs, strict=True))
-        warehouse.write_table(
-            path, pa.table([pa.array(c, f.type) for c, f in zip(columns, PAIRS, strict=True)], schema=PAIRS)
-        )
-    evidence = read_evidence(
-        [PairsRef("bytes", "1", tuple(rows)[:2]), PairsRef("perceptual", "2", tuple(rows)[2:])], warehouse=warehouse
-    )
+    pairs = [
+        pairs_of(warehouse, "bytes", [("c", "d", 0)], [("a", "d", 0)]),
+        pairs_of(warehouse, "perceptual", [("b", "c", 2)]),
+    ]
+    evidence, positions = read_evidence(pairs, sample_ids=ids("dxabc"), warehouse=warehouse)
     assert evidence.ids.to_pylist() == ["a", "b", "c", "d"]
-    assert evidence.find(pa.array(["d", "x", "b"])).tolist() == [3, -1, 1]
+    assert positions.tolist() == [3, -1, 0, 1, 2]
     assert (evidence.kinds["bytes"].left.tolist(), evidence.kinds["bytes"].right.tolist()) == ([2, 0], [3, 3])
 
 
+def test_samples_outside_the_pool_are_no_evidence_but_what_they_join_stays_joined(tmp_path: Path):
+    warehouse = Warehouse(str(tmp_path))
+    pairs = [
+        pairs_of(warehouse, "bytes", [("a", "c", 0), ("a", "d", 0)]),
+        pairs_of(warehouse, "pixels", [("a", "e", 0)]),
+        pairs_of(warehouse, "perceptual", [("a", "c", 0), ("b", "e", 0), ("a", "b", 3), ("a", "f", 4)]),
+    ]
+    evidence, _ = read_evidence(pairs, sample_ids=ids("cde"), warehouse=warehouse)
+    found = {
+        kind: [
+            (evidence.ids[a].as_py(), evidence.ids[b].as_py(), d)
+            for a, b, d in zip(e.left, e.right, e.distance, strict=True)
+        ]
+        for kind, e in evidence.kinds.items()
+    }
+    assert found == {"bytes": [("c", "d", 0)], "pixels": [], "perceptual": [("c", "e", 3)]}
+
+
 def test_no_pairs_at_all_are_evidence_too(tmp_path: Path):
-    evidence = read_evidence([PairsRef("bytes", "1", ())], warehouse=Warehouse(str(tmp_path)))
-    assert len(evidence.ids) == 0
-    assert evidence.components().tolist() == []
-    assert evidence.find(pa.array(["a"])).tolist() == [-1]
+    warehouse = Warehouse(str(tmp_path))
+    evidence, positions = read_evidence([PairsRef("bytes", "1", ())], sample_ids=ids("a"), warehouse=warehouse)
+    assert (len(evidence.ids), evidence.components().tolist(), positions.tolist()) == (0, [], [-1])
