@@ -201,8 +201,8 @@ class Warehouse:
 
     @cached_property
     def remote(self) -> Any:
-        """The fsspec filesystem of a remote root."""
-        return fsspec.core.url_to_fs(self.root)[0]
+        """The fsspec filesystem of a remote root; it remembers no listings, as other processes write too."""
+        return fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0]
 
     @cached_property
     def arrow_filesystem(self) -> pafs.FileSystem:

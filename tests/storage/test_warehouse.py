@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import s3fs
 
 from storage.warehouse import TEMPORARY, Warehouse, WarehouseError, check_name
 
@@ -29,6 +30,16 @@ def test_a_missing_object_is_an_error_and_a_missing_folder_is_empty(warehouse: W
     assert warehouse.names("nothing") == []
     with pytest.raises(FileNotFoundError):
         warehouse.read_bytes("nothing")
+
+
+def test_what_other_processes_write_and_delete_is_seen_at_once(s3_warehouse: Warehouse) -> None:
+    elsewhere = s3fs.S3FileSystem(skip_instance_cache=True)
+    s3_warehouse.create_bytes("objects/a", b"1")
+    assert s3_warehouse.names("objects") == ["a"]
+    elsewhere.pipe(s3_warehouse.uri("objects/b"), b"2")
+    elsewhere.rm(s3_warehouse.uri("objects/a"))
+    assert [s3_warehouse.exists(f"objects/{name}") for name in "ab"] == [False, True]
+    assert s3_warehouse.names("objects") == ["b"]
 
 
 def test_an_object_is_never_overwritten(warehouse: Warehouse) -> None:
