@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable
 from io import BytesIO
+from typing import Literal
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
@@ -23,6 +24,12 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 
 
+End = Literal["there", "missing", "unsure"]
+"""What a walk over a file finds of its end; unsure where something on the way is damaged."""
+
+Walk = Callable[[bytes], End]
+
+
 def check_image(data: bytes) -> None:
     """Raise `RowError` if `data` is not an image that decodes.
 
@@ -31,25 +38,25 @@ def check_image(data: bytes) -> None:
     """
     if not data:
         raise RowError(Reason.EMPTY, "0 bytes")
-    is_complete = _walk_of(data)
+    walk = _walk_of(data)
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} px, over {MAX_PIXELS:,}")
-            if is_complete is None or not is_complete(data):
+            if walk is None or walk(data) != "there":
                 _decode(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError(Reason.DECOMPRESSION_BOMB, str(error)) from None
     except UnidentifiedImageError:
-        if is_complete is None:
+        if walk is None:
             raise RowError(Reason.NOT_AN_IMAGE, f"begins with {data[:16]!r}, none of {', '.join(FORMATS)}") from None
-        raise _damage(data, is_complete, "the header can't be read") from None
+        raise _damage(data, walk, "the header can't be read") from None
     except Exception as error:  # decoders raise nearly anything on hostile bytes: struct.error, SyntaxError, …
-        raise _damage(data, is_complete, f"{type(error).__name__}: {error}") from None
+        raise _damage(data, walk, f"{type(error).__name__}: {error}") from None
 
 
-def _damage(data: bytes, is_complete: Callable[[bytes], bool] | None, detail: str) -> RowError:
-    truncated = "truncated" in detail if is_complete is None else not is_complete(data)
+def _damage(data: bytes, walk: Walk | None, detail: str) -> RowError:
+    truncated = "truncated" in detail if walk is None else walk(data) == "missing"
     return RowError(Reason.TRUNCATED if truncated else Reason.CORRUPT, detail)
 
 
@@ -62,47 +69,45 @@ def _decode(image: Image.Image) -> None:
             return
 
 
-def _walk_of(data: bytes) -> Callable[[bytes], bool] | None:
+def _walk_of(data: bytes) -> Walk | None:
     """Return the walk for the format `data` begins like, however short it is cut."""
-    for magic, is_complete in (
-        (b"\xff\xd8\xff", _jpeg_is_complete),
-        (b"\x89PNG\r\n\x1a\n", _png_is_complete),
-        (b"GIF8", _gif_is_complete),
-    ):
+    for magic, walk in ((b"\xff\xd8\xff", _jpeg_end), (b"\x89PNG\r\n\x1a\n", _png_end), (b"GIF8", _gif_end)):
         if data.startswith(magic) or magic.startswith(data):
-            return is_complete
+            return walk
     is_webp = b"RIFF".startswith(data[:4]) and b"WEBP".startswith(data[8:12])
-    return _webp_is_complete if is_webp else None
+    return _webp_end if is_webp else None
 
 
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Whether the end-of-image marker follows the first scan (ITU T.81, B.1.1: no marker can occur inside one)."""
+def _jpeg_end(data: bytes) -> End:
+    """Look for the end-of-image marker after the first scan (ITU T.81, B.1.1: no marker can occur inside one)."""
     position = 2
     while marker := _JPEG_MARKER.search(data, position):
         kind = data[marker.end() - 1]
         if kind == _JPEG_END:
-            return True
+            return "there"
         position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
         if kind == _JPEG_SCAN and position < len(data) - 1 and data.endswith(b"\xff\xd9"):
-            return True
-    return False
+            return "there"
+    return "missing"
 
 
-def _png_is_complete(data: bytes) -> bool:
-    """Whether all chunks up to IEND are there and their checksums are right (PNG specification, 5.3)."""
+def _png_end(data: bytes) -> End:
+    """Go from chunk to chunk up to IEND, checking their checksums (PNG specification, 5.3)."""
     view, position = memoryview(data), 8
     while len(data) >= position + 12:
         end = position + 8 + int.from_bytes(view[position : position + 4], "big")
-        if len(data) < end + 4 or zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            return False
+        if len(data) < end + 4:
+            return "missing"
+        if zlib.crc32(view[position + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return "unsure"
         if data.startswith(b"IEND", position + 4):
-            return True
+            return "there"
         position = end + 4
-    return False
+    return "missing"
 
 
-def _gif_is_complete(data: bytes) -> bool:
-    """Whether blocks follow each other up to the trailer (GIF89a specification, appendix A)."""
+def _gif_end(data: bytes) -> End:
+    """Go from block to block up to the trailer (GIF89a specification, appendix A)."""
     try:
         position = 13 + _colour_table_bytes(data[10])
         while (block := data[position]) != 0x3B:
@@ -111,19 +116,19 @@ def _gif_is_complete(data: bytes) -> bool:
             elif block == 0x2C:
                 position += 11 + _colour_table_bytes(data[position + 9])
             else:
-                return False
+                return "unsure"
             while size := data[position]:
                 position += 1 + size
             position += 1
     except IndexError:
-        return False
-    return True
+        return "missing"
+    return "there"
 
 
 def _colour_table_bytes(flags: int) -> int:
     return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _webp_is_complete(data: bytes) -> bool:
-    """Whether the file is as long as its RIFF header says; Pillow checks the chunks inside on opening."""
-    return len(data) >= 8 + int.from_bytes(data[4:8], "little") and len(data) > 20
+def _webp_end(data: bytes) -> End:
+    """Compare the file's length with its RIFF header's; Pillow checks the chunks inside on opening."""
+    return "there" if len(data) > 20 and len(data) >= 8 + int.from_bytes(data[4:8], "little") else "missing"

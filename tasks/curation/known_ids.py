@@ -1,5 +1,6 @@
 """The ids that a pool's tables hold already, 16 bytes of memory each, so that nothing is added twice."""
 
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,40 +16,49 @@ Digests = npt.NDArray[np.bytes_]
 
 
 class KnownIds:
-    """Ids (32 hex digits) in one column of all Parquet tables of a folder; `refresh` reads tables that are new."""
+    """Ids (32 hex digits) in one column of all Parquet tables of a folder; `refresh` reads tables that are new.
+
+    Threads may share one.
+    """
 
     def __init__(self, warehouse: Warehouse, folder: str, column: str) -> None:
         self.warehouse, self.folder, self.column = warehouse, folder, column
         self._tables: set[str] = set()
         self._sorted: Digests = np.empty(0, "S16")
         self._recent: set[bytes] = set()
+        self._lock = threading.RLock()
 
     def __contains__(self, identifier: str) -> bool:
         digest = bytes.fromhex(identifier)
-        if digest in self._recent:
-            return True
-        place = int(np.searchsorted(self._sorted, np.bytes_(digest)))
-        # numpy drops zero bytes at the end of fixed-width values
-        return place < len(self._sorted) and self._sorted[place] == digest.rstrip(b"\0")
+        with self._lock:
+            if digest in self._recent:
+                return True
+            place = int(np.searchsorted(self._sorted, np.bytes_(digest)))
+            # numpy drops zero bytes at the end of fixed-width values
+            return place < len(self._sorted) and self._sorted[place] == digest.rstrip(b"\0")
 
     def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
+        with self._lock:
+            return len(self._sorted) + len(self._recent)
 
     def refresh(self) -> None:
-        """Read the ids of tables that appeared since the last call, from whatever process."""
-        new = [name for name in self.warehouse.names(self.folder) if name not in self._tables]
-        if not new:
-            return
-        with ThreadPoolExecutor(min(READERS, len(new))) as threads:
-            self._compact(threads.map(self._read, new))
-        self._tables.update(new)
+        """Read the ids of tables that appeared since the last call; read all again if some were deleted."""
+        with self._lock:
+            present = set(self.warehouse.names(self.folder))
+            if self._tables - present:
+                self._tables, self._sorted, self._recent = set(), np.empty(0, "S16"), set()
+            if new := sorted(present - self._tables):
+                with ThreadPoolExecutor(min(READERS, len(new))) as threads:
+                    self._compact(threads.map(self._read, new))
+                self._tables.update(new)
 
     def add(self, table: str, identifiers: Iterable[str]) -> None:
         """Note that the caller wrote `table`, with these ids, so that `refresh` need not read it."""
-        self._tables.add(table)
-        self._recent.update(map(bytes.fromhex, identifiers))
-        if len(self._recent) > COMPACT_AFTER:
-            self._compact([])
+        with self._lock:
+            self._tables.add(table)
+            self._recent.update(map(bytes.fromhex, identifiers))
+            if len(self._recent) > COMPACT_AFTER:
+                self._compact([])
 
     def _read(self, name: str) -> Digests:
         table = self.warehouse.read_table(f"{self.folder}/{name}", [self.column])

@@ -93,6 +93,11 @@ class SourceFile:
     version: str
     layout: Layout = field(default_factory=Layout)
 
+    @property
+    def name(self) -> str:
+        """The last part of its path, for people."""
+        return self.uri.rsplit("/", 1)[-1]
+
 
 @dataclass(frozen=True)
 class RawSample:

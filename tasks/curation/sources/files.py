@@ -1,13 +1,14 @@
 """Opening source files, and reading the image files that a source only names, several at a time."""
 
 import errno
+import io
 import posixpath
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 import fsspec
 
@@ -15,6 +16,8 @@ from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Reason, RowError
 
 READERS = 8
 """Files of one source that are read at once: hides the latency of object storage."""
+
+BUFFER_BYTES = 2**20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,7 +34,7 @@ def open_binary(uri: str) -> IO[bytes]:
     """Open a local path or URL for reading from the start, buffered."""
     if is_local(uri):
         return Path(uri).open("rb")
-    return cast(IO[bytes], fsspec.open(uri, "rb").open())
+    return io.BufferedReader(fsspec.open(uri, "rb").open(), BUFFER_BYTES)
 
 
 def parent_folder(uri: str) -> str:
@@ -40,10 +43,11 @@ def parent_folder(uri: str) -> str:
 
 
 def file_exists(uri: str) -> bool:
-    """Whether a file can be found at a local path or URL."""
+    """Whether there is a file at a local path or URL now."""
     if is_local(uri):
         return Path(uri).exists()
     filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.invalidate_cache(parent_folder(path))
     return bool(filesystem.exists(path))
 
 

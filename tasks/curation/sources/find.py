@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
@@ -46,6 +47,7 @@ def find_source_files(
 
         return find_named_dataset(source, layout)
     filesystem, path = fsspec.core.url_to_fs(_absolute(source))
+    filesystem.invalidate_cache()  # remote listings are remembered for as long as the process lives
     found = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
     if not found or not filesystem.exists(found[0]):
         raise SourceError(
@@ -122,7 +124,8 @@ def _version(info: dict[str, Any]) -> str:
     if "mtime" in info and Path(info["name"]).exists():
         return str(Path(info["name"]).stat().st_mtime_ns)
     known = (info.get(name) for name in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created"))
-    return str(next((value for value in known if value), ""))
+    version = next((value for value in known if value), "")
+    return str(version.timestamp() if isinstance(version, datetime) else version)
 
 
 def _format_of(name: str) -> Format | None:

@@ -40,6 +40,7 @@ def group_members(members: Iterable[Member | Fault]) -> Iterator[Row]:
     prefix = ""
     for member in members:
         if isinstance(member, Fault):
+            yield from _rows_of(waiting)
             yield member
             continue
         kind = role(member.name)

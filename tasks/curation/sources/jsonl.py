@@ -54,9 +54,10 @@ def _parsed(lines: Iterable[tuple[int, bytes]], layout: Layout, uri: str) -> Ite
             fields = parse_object(line)
             columns = columns or choose_columns(json_kinds(fields), layout, f"{uri}, {member}")
             path, key = fields.pop(columns.image, None), fields.pop(columns.key or "", None)
-            key = path if key is None else str(key)
+            key = None if key is None else str(key)
             if not isinstance(path, str) or not path:
                 raise RowError(Reason.MISSING_IMAGE, f"{columns.image!r} is {path!r}")
+            key = path if key is None else key
         except RowError as error:
             yield Fault.of(error, key=key, member=member, data=line)
             continue

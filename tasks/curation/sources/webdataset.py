@@ -53,6 +53,9 @@ def _members(file: SourceFile) -> Iterator[Member | Fault]:
             position = archive.offset
             if archive.ending is not None:
                 raise tarfile.ReadError(f"no end-of-archive mark: {archive.ending}")
+            while rest := archive.fileobj.read(STREAM_BYTES):  # to its end, where gzip has its checksum
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("there is more after the end-of-archive mark")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield Fault(None, f"byte {position}", Reason.BROKEN_ARCHIVE, str(error) or type(error).__name__)
 
@@ -76,6 +79,7 @@ class _Archive(tarfile.TarFile):
 
     ending: tarfile.TarError | None = None
     members: list[tarfile.TarInfo]
+    fileobj: IO[bytes]
 
 
 class _Header(tarfile.TarInfo):

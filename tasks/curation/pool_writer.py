@@ -1,0 +1,172 @@
+"""Adds rows of a source to a pool: new samples as one shard, faults to quarantine, both named by their content."""
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from storage import schema
+from storage.fingerprint import canonical_json
+from storage.refs import ShardRef
+from storage.warehouse import TEMPORARY, Warehouse
+from tasks.curation.image_check import check_image
+from tasks.curation.known_ids import KnownIds
+from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Fault, RawSample, Reason, Row, RowError
+from tasks.curation.sources.text import caption_text, metadata_json, valid_text
+
+MAX_DETAIL_CHARACTERS = 500
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of some rows: the shard of new samples, and how many rows were known or faulty, by reason.
+
+    `missing` are the image files that rows named and that were not there.
+    """
+
+    shard: ShardRef | None
+    known: int
+    reasons: Counter[str]
+    missing: frozenset[str]
+
+
+class PoolWriter:
+    """Writes to one pool. What the pool holds is read as it is needed, once; `for_pool` gives a shared writer."""
+
+    def __init__(self, warehouse: Warehouse, pool: str) -> None:
+        self.warehouse, self.pool = warehouse, pool
+        self.samples = KnownIds(warehouse, f"pools/{pool}", "sample_id")
+        self.quarantine = KnownIds(warehouse, f"quarantine/{pool}", "quarantine_id")
+
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def for_pool(warehouse: Warehouse, pool: str) -> "PoolWriter":
+        """Return this process's writer for a pool, so that ids are read once and not once for every source file."""
+        return PoolWriter(warehouse, pool)
+
+    def add(self, rows: Iterable[Row], path: str) -> Added:
+        """Add the rows of the source file `path` that the pool lacks: first those at fault, then the samples.
+
+        Images of known samples are not checked again. The same rows in the same order make the same objects.
+        """
+        self.samples.refresh()
+        samples: dict[str, dict[str, Any]] = {}
+        faults: list[Fault] = []
+        known = 0
+        for row in rows:
+            try:
+                if isinstance(row, Fault):
+                    faults.append(row)
+                    continue
+                sample = _sample(row, path)
+                identifier = sample["sample_id"]
+                if identifier in samples or identifier in self.samples:
+                    known += 1
+                    continue
+                check_image(sample["image"]["bytes"])
+                samples[identifier] = sample
+            except RowError as error:
+                faults.append(Fault.of(error, key=row.key, member=row.member, data=row.data))
+        self._write_faults([_quarantine_row(fault, path) for fault in faults])
+        shard = self._write_samples(samples)
+        known += len(samples) - (shard.rows if shard else 0)
+        missing = frozenset(fault.missing_path for fault in faults if fault.missing_path is not None)
+        return Added(shard, known, Counter(fault.reason.value for fault in faults), missing)
+
+    def _write_faults(self, rows: list[dict[str, Any]]) -> None:
+        if not rows:
+            return
+        with self._alone():
+            self.quarantine.refresh()
+            new = {row["quarantine_id"]: row for row in rows if row["quarantine_id"] not in self.quarantine}
+            if new:
+                name = f"{_hash_of(new)}.parquet"
+                table = pa.Table.from_pylist(list(new.values()), schema.QUARANTINE)
+                self.warehouse.write_table(f"quarantine/{self.pool}/{name}", table)
+                self.quarantine.add(name, new)
+
+    def _write_samples(self, samples: dict[str, dict[str, Any]]) -> ShardRef | None:
+        if not samples:
+            return None
+        with self._alone():
+            self.samples.refresh()
+            rows = [row for identifier, row in samples.items() if identifier not in self.samples]
+            if not rows:
+                return None
+            described = ({**row, "image": row["image"]["path"]} for row in rows)  # the id covers the image's bytes
+            shard = ShardRef(self.pool, _hash_of(map(canonical_json, described)), len(rows))
+            self.warehouse.write_table(shard.path, pa.Table.from_pylist(rows, schema.SAMPLES))
+            self.samples.add(f"{shard.name}.parquet", [row["sample_id"] for row in rows])
+        logger.info("Pool %s: shard %s, %d samples", shard.pool, shard.name, shard.rows)
+        return shard
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other writers to the pool on this machine out; the kernel frees the lock of one that dies."""
+        if not self.warehouse.is_local:
+            yield
+            return
+        file = self.warehouse.local_path(f"{TEMPORARY}/ingest-{self.pool}.lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.utime(file)  # or it would be removed as stale
+            yield
+
+
+def sample_id(key: str, image: bytes, caption: str) -> str:
+    """Return a sample's id: 32 hex digits of sha256 over key, image and caption, each after its length in 8 bytes."""
+    digest = hashlib.sha256()
+    for part in (key.encode(), image, caption.encode()):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _sample(raw: RawSample, path: str) -> dict[str, Any]:
+    if raw.image is None:
+        raise RowError(Reason.MISSING_IMAGE, "the row has no image")
+    if len(raw.image) > MAX_IMAGE_BYTES:
+        raise RowError(Reason.TOO_LARGE, f"{len(raw.image):,} bytes, over {MAX_IMAGE_BYTES:,}")
+    caption = caption_text(raw.caption)
+    key = valid_text(raw.key) if raw.key is not None else hashlib.sha256(raw.image).hexdigest()[:16]
+    return {
+        "sample_id": sample_id(key, raw.image, caption),
+        "key": key,
+        "image": {"bytes": raw.image, "path": raw.image_name and valid_text(raw.image_name)},
+        "caption": caption,
+        "url": raw.url and valid_text(raw.url),
+        "source": {"path": valid_text(path), "member": valid_text(raw.member)},
+        "metadata": metadata_json(raw.metadata),
+    }
+
+
+def _quarantine_row(fault: Fault, path: str) -> dict[str, Any]:
+    digest = None if fault.data is None else hashlib.sha256(fault.data).hexdigest()
+    source = {"path": valid_text(path), "member": valid_text(fault.member)}
+    return {
+        "quarantine_id": _hash_of([canonical_json([source, fault.reason.value, digest])]),
+        "key": None if fault.key is None else valid_text(fault.key),
+        "source": source,
+        "reason": fault.reason.value,
+        "detail": valid_text(fault.detail)[:MAX_DETAIL_CHARACTERS],
+        "digest": digest,
+        "size": None if fault.data is None else len(fault.data),
+    }
+
+
+def _hash_of(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:{part}".encode())
+    return digest.hexdigest()[:32]
