@@ -95,9 +95,10 @@ def _columns(tables: Iterable[pa.Table], name: str) -> pa.ChunkedArray:
 
 
 def _published_splits(dataset: str, parent: Manifest | None, warehouse: Warehouse) -> pa.Table:
-    """The split that each sample was ever published in, as far back as there are snapshots.
+    """The split that each sample was ever published in: from all snapshots there are, and the parent's holdout table.
 
-    A sample that was trained on, rejected since and kept again must not come back as a test sample.
+    A sample that was trained on, rejected since and kept again must not come back as a test sample; the holdout table
+    remembers the held-out ones also when the snapshots that published them have expired.
     """
 
     def read(path: str) -> pa.Table:

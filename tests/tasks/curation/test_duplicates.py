@@ -59,12 +59,12 @@ samples = st.integers(0, 14).flatmap(
 )
 
 
-@settings(max_examples=400, deadline=None)
-@given(samples, st.integers(0, 3), st.permutations(range(2)))
-def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, max_distance, rule_order):
+@settings(max_examples=200, deadline=None)
+@given(samples, st.integers(0, 3), st.permutations(range(2)), st.permutations(["perceptual", "bytes"]))
+def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, max_distance, rule_order, kinds):
     bytes_codes, pixel_codes, near_codes, preference, passes, late = drawn
     count = len(preference)
-    rules = [Rule(("bytes", "pixels"), 0), Rule(("perceptual", "bytes"), max_distance)]
+    rules = [Rule(("bytes", "pixels"), 0), Rule(tuple(kinds), max_distance)]
     rules = [rules[at] for at in rule_order]
     codes = {"bytes": bytes_codes, "pixels": pixel_codes, "perceptual": near_codes}
     evidence = evidence_of(

@@ -126,6 +126,16 @@ def test_held_out_samples_stay_held_out_for_ever(warehouse):
     assert {k: row["split"] for k, row in curated(warehouse, last.ref).items() if row["split"] != "train"} == held_out
 
 
+def test_held_out_samples_stay_held_out_when_old_snapshots_were_expired(warehouse):
+    first = curate(warehouse, [shard_of(0, 60)])
+    held_out = {k: row["split"] for k, row in curated(warehouse, first.ref).items() if row["split"] != "train"}
+    curate(warehouse, [shard_of(0, 60)], policy=POLICY.with_parameters({"least": 0.9}))
+    warehouse.local_path(first.ref.manifest).unlink()
+    other = POLICY.model_copy(update={"splits": POLICY.splits.model_copy(update={"seed": 7})})
+    last = curated(warehouse, curate(warehouse, [shard_of(0, 60)], policy=other).ref)
+    assert {k: last[k]["split"] for k in held_out} == held_out
+
+
 def test_train_samples_that_come_back_stay_in_train(warehouse):
     first = curate(warehouse, [shard_of(0, 60)])
     trained = {k for k, row in curated(warehouse, first.ref).items() if row["split"] == "train"}

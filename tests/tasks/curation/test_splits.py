@@ -83,7 +83,7 @@ rounds = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(rounds)
 def test_over_any_history_no_sample_ever_changes_split_and_no_group_straddles_one(history):
     published: dict[str, str] = {}
