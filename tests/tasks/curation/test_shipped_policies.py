@@ -77,7 +77,7 @@ def test_clip_top30_keeps_three_tenths_and_the_next(tmp_path):
         ("aspect", {"aspect": 3.0}, {"aspect": 3.001}),
         ("english", {"language": "en"}, {"language": "de"}),
         ("clip", {"clip_score": 0.28}, {"clip_score": 0.2799}),
-        ("safe", {"nsfw_score": 0.1999}, {"nsfw_score": 0.2}),
+        ("safe", {"nsfw_score": 0.4999}, {"nsfw_score": 0.5}),
         ("caption_text", {}, {"caption_is_url": True}),
         ("caption_text", {}, {"caption_is_filename": True}),
         ("caption_text", {}, {"caption_is_boilerplate": True}),
