@@ -29,7 +29,7 @@ def fingerprint(value: Any) -> str:
     Accepts None, bool, int, finite float, str, enums, lists, tuples, mappings with string keys, dataclasses and
     pydantic models, nested. Raises `FingerprintError` for anything else (sets, paths, arrays, callables).
     """
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:LENGTH]
+    return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()[:LENGTH]
 
 
 def canonical_json(value: Any) -> str:

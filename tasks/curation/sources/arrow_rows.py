@@ -39,7 +39,9 @@ def batch_rows(batch: pa.RecordBatch, columns: Columns, images: ImageFolder, fir
         name = path.rsplit("/", 1)[-1] if path else None
         return RawSample(key, member, image, name, values[columns.caption][index], url, fields)
 
-    yield from read_ahead(range(batch.num_rows), read)
+    by_path = any(path and image is None for image, path in zip(data, paths, strict=True))
+    rows = range(batch.num_rows)
+    yield from read_ahead(rows, read) if by_path else map(read, rows)
 
 
 def _images(column: pa.Array) -> tuple[list[bytes | None], list[str | None]]:

@@ -48,8 +48,8 @@ def find_source_files(
         return find_named_dataset(source, layout)
     filesystem, path = fsspec.core.url_to_fs(_absolute(source))
     filesystem.invalidate_cache()  # remote listings are remembered for as long as the process lives
-    found = sorted(filesystem.glob(path)) if any(c in path for c in "*?[") else [path]
-    if not found or not filesystem.exists(found[0]):
+    found = [path] if filesystem.exists(path) else sorted(filesystem.glob(path))
+    if not found:
         raise SourceError(
             f"{source}: there is no such file or folder. Give a path, a URL or a glob pattern; for a Hugging Face "
             "dataset by name, give format='huggingface'."
@@ -121,7 +121,7 @@ def _listing(filesystem: Any, path: str) -> list[tuple[str, int, str]]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    if "mtime" in info and Path(info["name"]).exists():
+    if "ino" in info and Path(info["name"]).exists():  # a local file, and no dangling link
         return str(Path(info["name"]).stat().st_mtime_ns)
     known = (info.get(name) for name in ("ETag", "etag", "LastModified", "last_modified", "mtime", "created"))
     version = next((value for value in known if value), "")

@@ -68,6 +68,11 @@ def test_patterns_choose_files_and_folders(tmp_path: Path) -> None:
     assert found(tmp_path / "[bc]*") == [("b.tar", "webdataset"), ("x.parquet", "parquet")]
 
 
+def test_a_name_that_looks_like_a_pattern_is_a_name_if_it_is_there(tmp_path: Path) -> None:
+    touch(tmp_path, "data[1]/a.tar", "data1/b.tar")
+    assert found(tmp_path / "data[1]") == [("a.tar", "webdataset")]
+
+
 def test_the_same_file_is_the_same_whether_named_alone_or_found(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", pairs(1))
     alone = find_source_files(str(tmp_path / "a.tar"))
