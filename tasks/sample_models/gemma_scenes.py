@@ -99,8 +99,8 @@ def draw_example(seed: str) -> tuple[Scene, Image.Image, random.Random]:
 
 
 def caption_chat(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A prompt and the caption it asks for: three in four describe the scene, the others list what is in it."""
-    if rng.random() < 0.75:
+    """A prompt and the caption it asks for: every other one describes the scene, the rest list what is in it."""
+    if rng.random() < 0.5:
         return rng.choice(CAPTION_PROMPTS), describe(scene, rng)
     names = [
         group.label + ("" if group.count == 1 else "es" if group.shape == "cross" else "s") for group in scene.groups
