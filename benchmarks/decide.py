@@ -1,9 +1,10 @@
 """Deciding on a million samples with the default policy: the first time, with another threshold, and again.
 
 Evidence is synthetic: signals in the layout of a warehouse, a fifth of the samples in groups of copies, 100,000 equal
-images among them, and near pairs between groups.
+images among them, and near pairs between groups. `load` tells how busy the machine was with other work.
 """
 
+import os
 import resource
 import tempfile
 import time
@@ -46,7 +47,9 @@ def main() -> None:
         }
         decisions = decide(pool, policy, signals, pairs, warehouse=warehouse).ref
         counts = read_record(warehouse, decisions.record).counts
-    path = record("decide", figures, shards=SHARDS, pairs=[pair.kind for pair in pairs], counts=dict(counts))
+    path = record(
+        "decide", figures, shards=SHARDS, pairs=[pair.kind for pair in pairs], counts=dict(counts), load=os.getloadavg()
+    )
     print(*(f"{name:26} {value:>12,}" for name, value in figures.items()), path, sep="\n")
 
 
