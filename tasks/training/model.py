@@ -190,7 +190,6 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, *, base_model: str) -> Peft
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=rf"{re.escape(decoder_name(model))}\..*\.({recipe.lora_targets})",
-        base_model_name_or_path=base_model,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
@@ -220,10 +219,11 @@ def _check_lora(model: PeftModel, targets: list[str]) -> None:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """Return one line on the model: class, size, and how many linears are 4-bit."""
+    """Return one line on the model: class, size, and which of its linear layers are 4-bit."""
     linears = linear_names(model)
-    quantized = sum(map(is_four_bit, linears.values()))
-    return (
-        f"{type(model).__name__}: {model.num_parameters() / 1e6:,.1f} M parameters, "
-        f"{quantized} of {len(linears)} linear layers in 4 bits"
-    )
+    plain = [name for name, module in linears.items() if not is_four_bit(module)]
+    size = f"{type(model).__name__}: {model.num_parameters() / 1e6:,.1f} M parameters"
+    if len(plain) == len(linears):
+        return f"{size}, no linear layer in 4 bits"
+    parts = [part for part in modules_beside_decoder(model) if any(name.startswith(part) for name in plain)]
+    return f"{size}, {len(linears) - len(plain)} linear layers in 4 bits; not those of {', '.join(parts)}"

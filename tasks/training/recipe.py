@@ -19,7 +19,7 @@ class RecipeError(ValueError):
 class Recipe(BaseModel):
     """How to fine-tune a base model with LoRA on a snapshot. Defaults suit QLoRA of a multi-billion-parameter model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     base_model: str = Field(
         min_length=1, description="Folder of a transformers model with its processor, or its name on the hub."
@@ -67,7 +67,7 @@ class Recipe(BaseModel):
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1.")
     batch_size: int = Field(4, ge=1, le=1024, description="Samples in one forward pass.")
     accumulation: int = Field(4, ge=1, le=1024, description="Forward passes per optimizer step.")
-    epochs: float = Field(1, gt=0, le=1000, description="Passes over the training split, if max_steps is empty.")
+    epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training split, if max_steps is empty.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps. Empty means as many as epochs asks for.")
     gradient_checkpointing: bool = Field(
         True, description="Compute activations again in the backward pass: slower, but needs far less memory."

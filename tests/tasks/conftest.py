@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,9 +30,10 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def gemma() -> Path:
-    """The tiny Gemma 4 that ships with the sample."""
-    return Path(str(files("tasks.sample_models"))) / "gemma"
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny Gemma 4 that ships with the sample."""
+    shipped = Path(str(files("tasks.sample_models"))) / "gemma"
+    return Path(shutil.copytree(shipped, tmp_path_factory.mktemp("base") / "gemma"))
 
 
 @pytest.fixture(scope="session")

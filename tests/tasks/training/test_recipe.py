@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from storage.fingerprint import fingerprint
 from tasks.training.recipe import Recipe, RecipeError, load_recipe
 
 SHIPPED = sorted(Path("deployments/recipes").glob("*.yaml"))
@@ -59,6 +60,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_recipe_can_not_be_changed() -> None:
     with pytest.raises(ValidationError):
         Recipe(base_model="m").lora_rank = 3  # type: ignore[misc]
+
+
+def test_a_recipe_is_the_same_after_a_trip_through_json() -> None:
+    recipe = Recipe(base_model="m")
+    assert fingerprint(Recipe.model_validate_json(recipe.model_dump_json())) == fingerprint(recipe)
 
 
 def test_every_field_explains_itself() -> None:

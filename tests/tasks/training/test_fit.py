@@ -1,0 +1,184 @@
+"""Whole trainings in child processes: lineage, caching, being killed, failing."""
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage.refs import RunRef, SnapshotRef
+from storage.warehouse import Warehouse
+from tasks.training import fit
+from tasks.training.base_model import find_base_model
+from tasks.training.child import COMPLETE, last_complete_checkpoint
+from tasks.training.fit import TrainingFailed, train
+from tasks.training.recipe import Recipe, RecipeError
+from tests.tasks.conftest import publish
+
+Squares = tuple[Warehouse, SnapshotRef]
+Trained = tuple[RunRef, list[str]]
+
+
+def weights(warehouse: Warehouse, run: RunRef) -> dict[str, torch.Tensor]:
+    return load_file(warehouse.local_path(f"{run.adapter}/adapter_model.safetensors"))
+
+
+def row_of(warehouse: Warehouse, run: RunRef) -> dict[str, object]:
+    [row] = warehouse.read_table(run.table).to_pylist()
+    return dict(row)
+
+
+def test_a_run_knows_where_it_came_from(squares: Squares, trained: Trained, recipe: Recipe) -> None:
+    warehouse, _ = squares
+    row = row_of(warehouse, trained[0])
+    assert (row["dataset"], row["snapshot"], row["samples"], row["steps"]) == ("squares", 1, 13, 8)
+    assert Recipe.model_validate(json.loads(str(row["recipe"]))) == recipe
+    assert row["base_model_fingerprint"] == find_base_model(recipe.base_model).fingerprint
+    assert Path(str(row["adapter_uri"])).is_dir()
+    assert None not in {row[name] for name in set(row) - {"parent_run"}}
+
+
+def test_the_adapter_is_peft_and_names_its_base_model(squares: Squares, trained: Trained, recipe: Recipe) -> None:
+    warehouse, _ = squares
+    run, _ = trained
+    assert warehouse.names(run.adapter) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads(warehouse.read_bytes(f"{run.adapter}/adapter_config.json"))
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, recipe.base_model)
+
+
+def test_training_moved_the_adapter_and_its_loss(squares: Squares, trained: Trained) -> None:
+    warehouse, _ = squares
+    assert all(tensor.abs().max() > 0 for tensor in weights(warehouse, trained[0]).values())
+    losses = warehouse.read_table(f"{trained[0].folder}/metrics.parquet")["loss"].to_pylist()
+    assert losses[-1] < losses[0]
+
+
+def test_every_step_has_metrics(squares: Squares, trained: Trained) -> None:
+    warehouse, _ = squares
+    metrics = warehouse.read_table(f"{trained[0].folder}/metrics.parquet")
+    assert metrics["step"].to_pylist() == list(range(1, 9))
+    assert max(metrics["learning_rate"].to_pylist()) == pytest.approx(1e-3)
+    assert not any(column.null_count for column in metrics.columns)
+
+
+def test_nothing_unfinished_is_left(squares: Squares, trained: Trained) -> None:
+    warehouse, _ = squares
+    assert list(Path(warehouse.root, ".work").iterdir()) == []
+
+
+def test_the_same_run_is_cached_and_starts_no_process(
+    squares: Squares, trained: Trained, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse, snapshot = squares
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    again = train(snapshot, recipe, warehouse=warehouse)
+    assert (again.ref, again.cached) == (trained[0], True)
+
+
+def test_what_does_not_change_the_adapter_does_not_change_the_run(
+    squares: Squares, trained: Trained, recipe: Recipe, tmp_path: Path
+) -> None:
+    warehouse, snapshot = squares
+    moved = shutil.copytree(recipe.base_model, tmp_path / "elsewhere")
+    same = recipe.model_copy(update={"base_model": str(moved), "save_steps": 5, "max_new_tokens": 9})
+    assert train(snapshot, same, warehouse=warehouse).ref == trained[0]
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(
+    trained: Trained, squares: Squares, recipe: Recipe, tmp_path: Path
+) -> None:
+    warehouse, snapshot = publish(tmp_path)
+    run, _ = trained
+    checkpoints = tmp_path / ".work" / run.run_id / "checkpoints"
+    source = (
+        "from storage.refs import SnapshotRef\nfrom storage.warehouse import Warehouse\n"
+        "from tasks.training.fit import train\nfrom tasks.training.recipe import Recipe\n"
+        f"recipe = Recipe.model_validate_json({recipe.model_dump_json()!r})\n"
+        f"train(SnapshotRef('squares', 1), recipe, warehouse=Warehouse({str(tmp_path)!r}), on_log=print)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 120
+    while last_complete_checkpoint(checkpoints) is None and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last_complete_checkpoint(checkpoints) is not None
+    assert not warehouse.exists(run.table)
+
+    log: list[str] = []
+    resumed = train(snapshot, recipe, warehouse=warehouse, on_log=log.append)
+    assert (resumed.ref, resumed.cached) == (run, False)
+    assert any(line.startswith("going on from checkpoint-") for line in log)
+    expected, found = weights(squares[0], run), weights(warehouse, run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert warehouse.read_table(f"{run.folder}/metrics.parquet", ["step", "loss", "tokens"]) == squares[0].read_table(
+        f"{run.folder}/metrics.parquet", ["step", "loss", "tokens"]
+    )
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_a_finished_training_whose_publication_was_cut_is_not_repeated(
+    squares: Squares, trained: Trained, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse, snapshot = publish(tmp_path)
+    run, _ = trained
+    scratch = tmp_path / ".work" / run.run_id
+    shutil.copytree(squares[0].local_path(run.adapter), scratch / "adapter")
+    record = json.loads(squares[0].read_bytes(f"{run.folder}/record.json"))
+    (scratch / "result.json").write_text(json.dumps(record["result"]))
+    metrics = squares[0].read_table(f"{run.folder}/metrics.parquet").to_pylist()
+    (scratch / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    assert train(snapshot, recipe, warehouse=warehouse).ref == run
+    assert row_of(warehouse, run)["train_loss"] == row_of(squares[0], run)["train_loss"]
+
+
+def test_a_failure_shows_what_the_child_said_last(squares: Squares, recipe: Recipe, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(recipe.base_model, tmp_path / "broken"))
+    template = (broken / "chat_template.jinja").read_text()
+    (broken / "chat_template.jinja").write_text(template.replace("text + '<turn|>'", "text"))
+    warehouse, snapshot = squares
+    with pytest.raises(TrainingFailed) as caught:
+        train(snapshot, recipe.model_copy(update={"base_model": str(broken)}), warehouse=warehouse)
+    assert "ended with exit code 1" in str(caught.value)
+    assert "LossMaskError: sample " in str(caught.value)
+
+
+def test_a_parent_run_must_have_the_same_lora(squares: Squares, trained: Trained, recipe: Recipe) -> None:
+    warehouse, snapshot = squares
+    wider = recipe.model_copy(update={"lora_rank": 16})
+    with pytest.raises(
+        RecipeError, match=f"lora_rank: is 16, but the adapter of the parent run {trained[0].run_id} has 4"
+    ):
+        train(snapshot, wider, warehouse=warehouse, parent_run=trained[0])
+
+
+def test_a_run_can_start_from_another(
+    squares: Squares, trained: Trained, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(module: str, config: dict[str, Any], *, folder: Path, **_: Any) -> dict[str, Any]:
+        return dict(importlib.import_module(module).run(config, folder))
+
+    monkeypatch.setattr(fit, "run_child", run_here)  # a process of its own would only cost time
+    warehouse, snapshot = squares
+    still = recipe.model_copy(update={"learning_rate": 1e-12, "max_steps": 1})
+    child = train(snapshot, still, warehouse=warehouse, parent_run=trained[0]).ref
+    assert row_of(warehouse, child)["parent_run"] == trained[0].run_id
+    before, after = weights(warehouse, trained[0]), weights(warehouse, child)
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in before)
