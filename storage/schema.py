@@ -82,7 +82,7 @@ RUNS = pa.schema(
         column("parent_run", pa.string(), "run whose adapter this one started from"),
         column("samples", pa.int64(), "rows trained on"),
         column("steps", pa.int64(), "optimizer steps"),
-        column("train_loss", pa.float64(), "mean over the last logged interval, nats per supervised token"),
+        column("train_loss", pa.float64(), "mean over the last ten steps, nats per supervised token"),
         column("metrics_uri", pa.string(), "Parquet table of all logged metrics"),
         column("seconds", pa.float64(), "wall time of training, s"),
         column("device", pa.string(), "device trained on"),

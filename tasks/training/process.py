@@ -120,6 +120,7 @@ def main() -> None:
     module, folder, parent = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     _die_with_parent(parent)  # before the imports, which take seconds
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
     config = json.loads((folder / "config.json").read_text())
     result = importlib.import_module(module).run(config, folder)
     unfinished = folder / f"{RESULT}.unfinished"

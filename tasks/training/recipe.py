@@ -25,19 +25,19 @@ class Recipe(BaseModel):
         min_length=1, description="Folder of a transformers model with its processor, or its name on the hub."
     )
     prompt: str = Field(
-        "'Describe the image.'",
+        default="'Describe the image.'",
         min_length=1,
         description="What the user asks beneath the image: a SQL expression over the curated columns, "
         "so plain text stands in single quotes.",
     )
     completion: str = Field(
-        "caption",
+        default="caption",
         min_length=1,
         description="What the model shall answer: a SQL expression over the curated columns, such as "
         "caption or metadata ->> 'answer'. Samples where it is null or blank are left out.",
     )
     max_image_tokens: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=16384,
         description="Most tokens an image may become, if the processor has that setting (Gemma 4: 70, 140, 280, 560 "
@@ -45,40 +45,50 @@ class Recipe(BaseModel):
     )
 
     quantization: Literal["auto", "nf4", "none"] = Field(
-        "auto",
+        default="auto",
         description="How the base model's weights are held: nf4 (4-bit, double quantisation) or none. "
         "auto is nf4 on a GPU and none on a CPU.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="What is computed in. auto is bf16 on a GPU and fp32 on a CPU."
+        default="auto", description="What is computed in. auto is bf16 on a GPU and fp32 on a CPU."
     )
 
-    lora_rank: int = Field(64, ge=1, le=1024, description="Rank of the LoRA matrices.")
-    lora_alpha: int = Field(64, ge=1, le=4096, description="LoRA scale: the update is multiplied by alpha / rank.")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the LoRA matrices, 0-1.")
+    lora_rank: int = Field(default=64, ge=1, le=1024, description="Rank of the LoRA matrices.")
+    lora_alpha: int = Field(
+        default=64, ge=1, le=4096, description="LoRA scale: the update is multiplied by alpha / rank."
+    )
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout before the LoRA matrices, 0-1.")
     lora_targets: str = Field(
-        "(q|k|v|o|gate|up|down)_proj",
+        default="(q|k|v|o|gate|up|down)_proj",
         min_length=1,
         description="Regular expression that the names of the language model's linear layers must match in full to "
         "get LoRA. Layers outside the language model never do.",
     )
 
-    learning_rate: float = Field(5e-5, gt=0, le=1, description="Peak learning rate; decays as a cosine to 0.")
-    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1.")
-    batch_size: int = Field(4, ge=1, le=1024, description="Samples in one forward pass.")
-    accumulation: int = Field(4, ge=1, le=1024, description="Forward passes per optimizer step.")
-    epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training split, if max_steps is empty.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps. Empty means as many as epochs asks for.")
-    gradient_checkpointing: bool = Field(
-        True, description="Compute activations again in the backward pass: slower, but needs far less memory."
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="Peak learning rate; decays as a cosine to 0.")
+    warmup: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1."
     )
-    save_steps: int = Field(100, ge=1, description="Steps between checkpoints, from which a killed run goes on.")
+    batch_size: int = Field(default=4, ge=1, le=1024, description="Samples in one forward pass.")
+    accumulation: int = Field(default=4, ge=1, le=1024, description="Forward passes per optimizer step.")
+    epochs: float = Field(
+        default=1.0, gt=0, le=1000, description="Passes over the training split, if max_steps is empty."
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps. Empty means as many as epochs asks for."
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Compute activations again in the backward pass: slower, but needs far less memory."
+    )
+    save_steps: int = Field(
+        default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
+    )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of LoRA's initial weights, dropout and the order of samples."
+        default=0, ge=0, lt=2**32, description="Seed of LoRA's initial weights, dropout and the order of samples."
     )
 
-    max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in evaluation, tokens.")
-    answer_batch_size: int = Field(16, ge=1, le=1024, description="Prompts answered at once in evaluation.")
+    max_new_tokens: int = Field(default=64, ge=1, le=8192, description="Longest answer in evaluation, tokens.")
+    answer_batch_size: int = Field(default=16, ge=1, le=1024, description="Prompts answered at once in evaluation.")
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

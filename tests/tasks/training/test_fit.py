@@ -21,7 +21,7 @@ from tasks.training.base_model import find_base_model
 from tasks.training.child import COMPLETE, last_complete_checkpoint
 from tasks.training.fit import TrainingFailed, train
 from tasks.training.recipe import Recipe, RecipeError
-from tests.tasks.conftest import publish
+from tests.tasks.squares import publish
 
 Squares = tuple[Warehouse, SnapshotRef]
 Trained = tuple[RunRef, list[str]]
