@@ -5,34 +5,22 @@ in at most `d` blocks, so they agree on some `m - d` of them and meet when the c
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
-from math import comb
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-BITS = 64
-INDEX_BITS = 32
-"""What is sorted are words with a key in the upper half and the code's index in the lower: at most 2**32 codes."""
-ONE_KEY = np.uint64(1 << INDEX_BITS)
-"""Words with the same key differ by less than this."""
-FILTER_BITS = 24
-CHUNK = 1 << 14
-CANDIDATES = 1 << 20
-TILE = 1 << 15
-THREADS = min(4, os.cpu_count() or 1)
-LONG_RUN = 64
-"""From this many codes on a run is compared in tiles of `TILE` pairs, which stay in a core's cache."""
-KEY_COST, CODE_COST, CANDIDATE_COST = 1e-4, 25e-9, 8e-9
-"""Seconds for one key, for each code under it, and for each candidate pair: only their ratios matter, and not much."""
+from tasks.curation.pairs.keys import BITS, LONG_RUN, Codes, Indices, Key, Words, bit_entropy, choose_blocks, deal
 
-Indices = NDArray[np.int64]
-Codes = NDArray[np.uint64]
-Mask = NDArray[np.bool_]
+THREADS = min(4, os.cpu_count() or 1)
+CANDIDATES = 1 << 20
+"""Pairs looked at together where few codes share a key; some 50 bytes each."""
+TILE = 1 << 15
+"""Pairs looked at together where many do: what stays in a core's cache."""
 
 
 class Pairs(NamedTuple):
@@ -53,15 +41,15 @@ def hamming_pairs(codes: Codes, *, max_distance: int = 4, new_from: int = 0, lim
     With `new_from=k`, only pairs with at least one index from `k` on: what `codes[k:]` adds to what is known of
     `codes[:k]`, without comparing those with each other.
 
-    Nothing is assumed about the codes. Memory is some 100 bytes a code and the pairs themselves; time is near-linear
-    where codes are spread out and quadratic only among codes that agree on most bits. A million random codes take under
-    a second at distance 4; time grows steeply with the distance.
+    Nothing is assumed about the codes. Memory is some 200 bytes a code and the pairs themselves; time is near-linear
+    where codes are spread out and quadratic only among codes that agree on most bits. A million random codes take about
+    a second at distance 4; time grows steeply with the distance, to about a minute at 8.
 
     Equal codes are compared once but listed in full, n(n-1)/2 pairs for n of them: raises `TooManyPairsError` if that
-    makes more than `limit` pairs. Raises `ValueError` if `codes` is not a flat array of uint64.
+    makes more than `limit` pairs, old ones counted. Raises `ValueError` if `codes` is not a flat array of uint64.
     """
-    if codes.ndim != 1 or codes.dtype != np.uint64 or len(codes) > 1 << INDEX_BITS:
-        raise ValueError(f"codes are {codes.dtype} of shape {codes.shape}. Give a flat array of at most 2**32 uint64.")
+    if codes.ndim != 1 or codes.dtype != np.uint64 or len(codes) > 2**31:
+        raise ValueError(f"codes are {codes.dtype} of shape {codes.shape}. Give a flat array of at most 2**31 uint64.")
     if not 0 <= max_distance <= BITS:
         raise ValueError(f"max_distance is {max_distance}. Use 0 to {BITS} bits.")
     members = np.argsort(codes)
@@ -116,9 +104,9 @@ def _near(codes: Codes, old: int, max_distance: int) -> Pairs:
     """Return the pairs of distinct codes at 1 to `max_distance` bits, leaving out pairs of the first `old` codes."""
     found = [Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint8))]
     if max_distance and old < len(codes):
-        entropy = _bit_entropy(codes)
-        blocks = _choose_blocks(float(entropy.sum()), len(codes), old, max_distance)
-        codes = _dealt(codes, entropy, blocks)
+        entropy = bit_entropy(codes)
+        blocks = choose_blocks(float(entropy.sum()), len(codes), old=old, max_distance=max_distance)
+        codes = deal(codes, entropy, blocks)
         keys = [Key(blocks, chosen) for chosen in combinations(range(blocks), blocks - max_distance)]
         with ThreadPoolExecutor(THREADS) as threads:
             found.extend(
@@ -127,50 +115,13 @@ def _near(codes: Codes, old: int, max_distance: int) -> Pairs:
     return Pairs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-@dataclass(frozen=True)
-class Key:
-    """The blocks, out of `blocks` equal ones, on which codes must agree to be compared."""
-
-    blocks: int
-    chosen: tuple[int, ...]
-
-    def of(self, codes: Codes) -> Codes:
-        """Return each code's chosen blocks side by side, the first 32 bits of them."""
-        key = np.zeros_like(codes)
-        for low, width in map(self._span, self.chosen):
-            key = key << np.uint64(width) | codes >> np.uint64(low) & np.uint64((1 << width) - 1)
-        return key >> np.uint64(max(0, self.width - INDEX_BITS))
-
-    @property
-    def width(self) -> int:
-        """Bits in the chosen blocks."""
-        return sum(width for _, width in map(self._span, self.chosen))
-
-    def is_first(self, difference: Codes) -> Mask:
-        """Whether, of all keys under which a pair meets, this is the one to report it, from the bits that differ.
-
-        The one is made of the lowest blocks the pair agrees on: it agrees on all chosen blocks, and on no other block
-        below the highest of them.
-        """
-        first = np.ones(len(difference), np.bool_)
-        for block in range(max(self.chosen, default=-1) + 1):
-            low, width = self._span(block)
-            agrees = difference & np.uint64((1 << width) - 1 << low) == 0
-            first &= agrees if block in self.chosen else ~agrees
-        return first
-
-    def _span(self, block: int) -> tuple[int, int]:
-        """Return the lowest bit and the width of a block."""
-        width, wider = divmod(BITS, self.blocks)
-        return block * width + min(block, wider), width + (block < wider)
-
-
 def _near_by_key(codes: Codes, old: int, key: Key, max_distance: int) -> list[Pairs]:
     """Return in parts the near pairs that this key is the one to report."""
-    words = _words(codes, old, key)
-    words.sort()
+    words = Words.sorted(codes, old, key)
     parts = []
-    for left, right in _candidates(words, codes, old, max_distance):
+    for one, other in _candidates(words, codes, max_distance):
+        open_ones = np.flatnonzero(words.may_be_near(one, other, max_distance))
+        left, right = words.index(one[open_ones]), words.index(other[open_ones])
         difference = codes[left] ^ codes[right]
         distance = np.bitwise_count(difference)
         hits = np.flatnonzero(distance <= max_distance)
@@ -179,54 +130,31 @@ def _near_by_key(codes: Codes, old: int, key: Key, max_distance: int) -> list[Pa
     return parts
 
 
-def _words(codes: Codes, old: int, key: Key) -> Codes:
-    """Return key and index of every new code, and of those old codes whose key some new code may have."""
-    keys, index = _by_chunk(key.of, codes), np.arange(len(codes), dtype=np.uint64)
-    if old:
-        width = min(key.width, INDEX_BITS)
-        slots = keys >> np.uint64(max(0, width - FILTER_BITS))
-        taken = np.zeros(1 << min(width, FILTER_BITS), np.bool_)
-        taken[slots[old:]] = True
-        wanted = taken[slots]
-        keys, index = keys[wanted], index[wanted]
-    keys <<= np.uint64(INDEX_BITS)
-    keys |= index
-    return keys
-
-
-def _candidates(words: Codes, codes: Codes, old: int, max_distance: int) -> Iterator[tuple[Indices, Indices]]:
-    """Yield index pairs of sorted words with one key, the right one new: all near ones, and some that are not.
-
-    Indices ascend within a run of one key, so a new code is compared with all that come before it in its run.
-    """
-    later = np.flatnonzero(words[1:] ^ words[:-1] < ONE_KEY) + 1
-    begins = np.diff(later, prepend=-1) > 1
-    first = (later[begins] - 1)[np.cumsum(begins) - 1]
-    if old:
-        is_new = _index(words[later]) >= old
-        first, later = first[is_new], later[is_new]
+def _candidates(words: Words, codes: Codes, max_distance: int) -> Iterator[tuple[Indices, Indices]]:
+    """Yield pairs of slots with one key, the second one new: all near ones, and some that are not."""
+    later, first = words.runs()
     heads = np.flatnonzero(np.diff(first, prepend=-1))
     sizes = np.diff(heads, append=len(first))
     is_long = sizes >= LONG_RUN
     for head, size in zip(heads[is_long], sizes[is_long], strict=True):
-        index = _index(words[first[head] : later[head] + size])
-        yield from _tiled(codes[index], index, len(index) - size, max_distance)
+        start, end = first[head], later[head] + size
+        for one, other in _tiled(codes[words.index(slice(start, end))], end - size - start, max_distance):
+            yield start + one, start + other
     is_short = ~np.repeat(is_long, sizes)
-    for left, right in _listed(first[is_short], later[is_short]):
-        yield _index(words[left]), _index(words[right])
+    yield from _listed(first[is_short], later[is_short])
 
 
-def _tiled(codes: Codes, index: Indices, top: int, max_distance: int) -> Iterator[tuple[Indices, Indices]]:
-    """Yield the near index pairs of a run that end in one of its codes from `top` on."""
+def _tiled(codes: Codes, top: int, max_distance: int) -> Iterator[tuple[Indices, Indices]]:
+    """Yield the near pairs of codes, as places of an earlier one and of one from `top` on, comparing tile by tile."""
     height = max(1, TILE // len(codes))
     for low in range(top, len(codes), height):
         distance = np.bitwise_count(codes[low : low + height, None] ^ codes[: low + height])
         near = distance - np.uint8(1) < max_distance  # a code and itself: 0 - 1 is 255
         if near.any():
-            right, left = np.nonzero(near)
-            right += low
-            earlier = left < right
-            yield index[left[earlier]], index[right[earlier]]
+            later, earlier = np.nonzero(near)
+            later += low
+            is_once = earlier < later
+            yield earlier[is_once], later[is_once]
 
 
 def _listed(first: Indices, later: Indices) -> Iterator[tuple[Indices, Indices]]:
@@ -239,54 +167,7 @@ def _listed(first: Indices, later: Indices) -> Iterator[tuple[Indices, Indices]]
         yield left, later[low:high][owners]
 
 
-def _index(words: Codes) -> Indices:
-    return (words & np.uint64((1 << INDEX_BITS) - 1)).view(np.int64)
-
-
-def _by_chunk(function: Callable[[Codes], Codes], codes: Codes) -> Codes:
-    """Return `function` of the codes, computed on as many at a time as stay in a core's cache."""
-    result = np.empty_like(codes)
-    for start in range(0, len(codes), CHUNK):
-        result[start : start + CHUNK] = function(codes[start : start + CHUNK])
-    return result
-
-
 def _ragged(starts: Indices, counts: Indices) -> tuple[Indices, Indices]:
     """Return the integers of many ranges, `counts` of them from `starts` on: which range each is of, and itself."""
     owners = np.repeat(np.arange(len(starts)), counts)
     return owners, np.arange(len(owners)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-
-
-def _choose_blocks(entropy: float, count: int, old: int, max_distance: int) -> int:
-    """Return into how many blocks to cut the bits: more blocks mean longer keys, so fewer candidates, but more keys."""
-
-    def cost(blocks: int) -> float:
-        agreeing = min(INDEX_BITS, entropy * (blocks - max_distance) / blocks)
-        candidates = (count**2 - old**2) / 2 / 2**agreeing
-        return comb(blocks, max_distance) * (KEY_COST + CODE_COST * count + CANDIDATE_COST * candidates)
-
-    return min(range(max_distance, min(max_distance + 6, BITS) + 1), key=cost)
-
-
-def _bit_entropy(codes: Codes) -> NDArray[np.float64]:
-    """Return what each bit tells codes apart by: -log2 of the chance that two agree on it, over a sample of codes."""
-    sample = codes[:: len(codes) // 65536 + 1].astype("<u8").view(np.uint8).reshape(-1, 8)
-    share = np.unpackbits(sample, axis=1, bitorder="little").mean(axis=0)
-    return np.asarray(-np.log2(share**2 + (1 - share) ** 2))
-
-
-def _dealt(codes: Codes, entropy: NDArray[np.float64], blocks: int) -> Codes:
-    """Return the codes with their bits in another order, telling and untelling ones dealt evenly to the blocks."""
-    ranked = np.argsort(-entropy, kind="stable")
-    place = np.empty(BITS, np.uint64)
-    place[ranked[np.argsort(np.arange(BITS) % blocks, kind="stable")]] = np.arange(BITS)
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.uint64)
-    tables = [(bits << place[low : low + 8]).sum(axis=1, dtype=np.uint64) for low in range(0, BITS, 8)]
-
-    def deal(codes: Codes) -> Codes:
-        dealt = np.zeros_like(codes)
-        for byte, table in enumerate(tables):
-            dealt |= table[codes >> np.uint64(8 * byte) & np.uint64(255)]
-        return dealt
-
-    return _by_chunk(deal, codes)

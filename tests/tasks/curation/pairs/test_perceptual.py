@@ -97,24 +97,19 @@ def test_the_same_pool_again_is_cached(warehouse):
 
 
 def test_a_grown_pool_compares_new_shards_with_all_and_links_them_to_what_was_there(warehouse):
-    old = perceptual_shard(warehouse, "old", {"b": 0, "c": 0, "d": 0b1110000, "e": 2**50 - 1, "f": 2**50 - 1})
-    new = perceptual_shard(warehouse, "new", {"a": 0, "g": 0b1010000})
-    first = find(warehouse, old).ref
-    grown = find(warehouse, old, new).ref
+    old = {"b": 0, "c": 0, "d": 0xFF00, "e": 0xFF00, "y": 2**50 - 1, "z": 2**50 - 1}
+    shards = [perceptual_shard(warehouse, "old", old), perceptual_shard(warehouse, "new", {"a": 0, "f": 0x7F00})]
+    first = find(warehouse, shards[0]).ref
+    grown = find(warehouse, *shards).ref
     (path,) = set(grown.paths) - set(first.paths)
     assert set(first.paths) < set(grown.paths)
     added = record_of(warehouse, path)
     assert added.inputs == {"new": ["new"], "old": ["old"]}
-    assert added.counts == {"new": 2, "old": 5, "rows": 5}
-    # `e` and `f` are equal, but nothing new is near them
-    assert rows(warehouse.read_table(path)) == [
-        ("a", "b", 0.0),
-        ("a", "c", 0.0),
-        ("a", "d", 3.0),
-        ("a", "g", 2.0),
-        ("d", "g", 1.0),
-    ]
-    assert rows(read_pairs(grown, warehouse)) == [*rows(warehouse.read_table(path)), ("e", "f", 0.0)]
+    assert added.counts == {"new": 2, "old": 6, "rows": 4}
+    # complete by itself: `d` and `e` are old, but both near the new `f`; nothing new is near `y` and `z`
+    expected = [("a", "b", 0.0), ("a", "c", 0.0), ("d", "e", 0.0), ("d", "f", 1.0)]
+    assert rows(warehouse.read_table(path)) == expected
+    assert rows(read_pairs(grown, warehouse)) == [*expected, ("y", "z", 0.0)]
 
 
 def test_pairs_can_be_read_for_some_samples_only(warehouse):
