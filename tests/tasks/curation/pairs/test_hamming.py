@@ -94,13 +94,13 @@ def test_new_against_all_finds_the_pairs_that_end_in_a_new_code(draw, max_distan
 
 
 @pytest.mark.parametrize("blocks", range(4, 11))
-@pytest.mark.parametrize("new_from", [0, 1000])
+@pytest.mark.parametrize("new_from", [0, 1000, 1440, 1445])
 def test_any_number_of_blocks_and_any_size_of_parts_gives_the_same_pairs(monkeypatch, blocks, new_from):
     codes = planted(np.random.default_rng(2))
     monkeypatch.setattr(hamming, "choose_blocks", lambda *_, **__: blocks)
     for module, name, value in (
         (keys, "CHUNK", 100),
-        (keys, "FILTER_BITS", 5),
+        (keys, "FILTER_BITS", 12),
         (hamming, "CANDIDATES", 7),
         (hamming, "LONG_RUN", 3),
         (hamming, "TILE", 50),
