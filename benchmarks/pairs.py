@@ -44,7 +44,7 @@ class Method:
 
     def __str__(self) -> str:
         spread = f"{min(self.seconds):.2f}–{max(self.seconds):.2f}"
-        return f"{median(self.seconds):8.2f} s {spread:>14} s {median(self.cpu_seconds):8.2f} s of CPU"
+        return f"{median(self.seconds):.2f} s ({spread} s, {median(self.cpu_seconds):.2f} s of CPU)"
 
 
 def main() -> None:
