@@ -67,17 +67,17 @@ def test_the_same_merge_is_cached(
     assert (again.ref, again.cached) == (merged.ref, True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_four_bit_base_is_merged_without_a_gap(
-    squares: Squares, trained: Trained, recipe: Recipe, gemma: Path, tmp_path: Path, precision: str
+    squares: Squares, trained: Trained, recipe: Recipe, gemma: Path, tmp_path: Path
 ) -> None:
     warehouse, snapshot = squares
-    four_bit = recipe.model_copy(update={"quantization": "nf4", "precision": precision})
+    plain = recipe.model_copy(update={"precision": "bf16"})
+    four_bit = plain.model_copy(update={"quantization": "nf4"})
     placement = models.place(four_bit)
     written = write_examples(
         snapshot, four_bit, split="validation", warehouse=warehouse, path=tmp_path / "examples.arrow"
     )
-    rows = read_examples(written.path)
+    rows = read_examples(written.path, limit=2)
     adapter = warehouse.local_path(trained[0].adapter)
     adapted = models.load_adapter(models.load_model(gemma, placement), adapter)
     processor: Any = models.load_processor(gemma, four_bit)
@@ -88,7 +88,7 @@ def test_a_four_bit_base_is_merged_without_a_gap(
     assert not any(map(models.is_four_bit, model.modules()))
     gap = compare(expected, completion_logits(model, collator, rows, placement))
 
-    original = models.load_model(gemma, models.place(recipe.model_copy(update={"precision": precision})))
+    original = models.load_model(gemma, models.place(plain))
     onto_original = merge_weights(original, adapter)
     other_gap = compare(expected, completion_logits(onto_original, collator, rows, placement))
     assert gap["kl_per_token"] < 2e-3
