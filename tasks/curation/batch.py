@@ -2,9 +2,10 @@
 
 Every image is opened once and decoded at most once, at full size: a perceptual hash or score must not depend on
 which other signals happened to be missing. What signals keep of the pixels is taken at once, so memory holds the
-pixels of one image a thread, whatever the images' size.
+pixels of a few images a thread, whatever there is to score.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,6 +28,9 @@ ROWS = 128
 
 AHEAD = 2
 """Batches that are decoded ahead of the one being measured."""
+
+GROUP_PIXELS = 4 * 2**20
+"""Pixels that a thread holds decoded at once, 3 bytes each; an image that has more is decoded alone."""
 
 _CHUNK = 8
 
@@ -73,9 +79,14 @@ class ReadBatch:
 
 @dataclass
 class _Seen:
+    encoded: EncodedImage | None = None
     header: Header | None = None
     views: list[Any] = field(default_factory=list)
     error: Exception | None = None
+
+    @property
+    def bytes_decoded(self) -> int:
+        return 0 if self.header is None else 3 * self.header.width * self.header.height
 
 
 def read_batches(
@@ -95,7 +106,7 @@ def read_batches(
             for read in parquet.iter_batches(rows, columns=columns):
                 images = read.column("image").field("bytes").to_pylist() if needs else []
                 chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-                waiting.append((read, images, [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]))
+                waiting.append((read, images, [pool.submit(_look_at, chunk, viewers) for chunk in chunks]))
                 if len(waiting) > AHEAD:
                     yield _assemble(*waiting.popleft(), viewers)
             while waiting:
@@ -104,25 +115,73 @@ def read_batches(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _look_at_all(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
-    return [_look_at(data, viewers) for data in images]
-
-
-def _look_at(data: bytes | None, viewers: Sequence["Signal"]) -> _Seen:
-    seen = _Seen()
-    if data is None:
-        return seen
-    try:
-        with EncodedImage(data) as encoded:
-            seen.header = encoded.header
-            if not viewers:
-                return seen
-            pixels = encoded.decode()
-    except Exception as error:  # Pillow and the libraries under it raise nearly anything
-        seen.error = error
-        return seen
-    seen.views = [viewer.view(pixels) for viewer in viewers]
+def _look_at(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
+    """Open, decode and view images, each step for all of them: code that stays in the processor's cache runs faster."""
+    seen = [_open(data) for data in images]
+    for group in _groups(seen):
+        _decode_and_view(group, viewers)
     return seen
+
+
+def _open(data: bytes | None) -> _Seen:
+    seen = _Seen()
+    if data is not None:
+        try:
+            encoded = EncodedImage(data)
+            seen.header = encoded.header
+            seen.encoded = encoded
+        except Exception as error:  # Pillow and the libraries under it raise nearly anything
+            seen.error = error
+    return seen
+
+
+def _groups(seen: Sequence[_Seen]) -> Iterator[list[_Seen]]:
+    """Yield the images that could be opened, as many at a time as `GROUP_PIXELS` allows but at least one."""
+    group: list[_Seen] = []
+    for one in seen:
+        if one.encoded is None:
+            continue
+        if group and sum(other.bytes_decoded for other in group) + one.bytes_decoded > 3 * GROUP_PIXELS:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+def _decode_and_view(group: Sequence[_Seen], viewers: Sequence["Signal"]) -> None:
+    memory = _memory_for(group)
+    decoded = []
+    for one in group:
+        encoded, one.encoded = one.encoded, None
+        if encoded is None or not viewers:
+            continue
+        try:
+            decoded.append((one, encoded.decode(memory[: one.bytes_decoded])))
+        except Exception as error:  # as above
+            one.error = error
+        memory = memory[one.bytes_decoded :]
+    for viewer in viewers:
+        for one, pixels in decoded:
+            one.views.append(viewer.view(pixels))
+
+
+class _Memory(threading.local):
+    """What a thread decodes into, again and again: fresh pages would cost about as much as half the decoding."""
+
+    kept = np.empty(0, np.uint8)
+
+
+_memory = _Memory()
+
+
+def _memory_for(group: Sequence[_Seen]) -> npt.NDArray[np.uint8]:
+    wanted = sum(one.bytes_decoded for one in group)
+    if wanted > 3 * GROUP_PIXELS:
+        return np.empty(wanted, np.uint8)
+    if _memory.kept.size == 0:
+        _memory.kept = np.empty(3 * GROUP_PIXELS, np.uint8)
+    return _memory.kept
 
 
 def _assemble(

@@ -41,14 +41,15 @@ def score_shard(
 
     Returns one outcome per signal, in the order given; cached means that its table was there. The same shard gives
     the same bytes on one machine, whichever signals were missing. Images that can't be decoded get nulls and a row in
-    quarantine. `threads` decode (by default one a usable core) while the models run. Raises `MissingWeights` if a
-    signal's model can't be found, before anything is measured.
+    quarantine. `threads` decode while the models run; by default one more than there are usable cores, as now and then
+    one waits for the interpreter. Raises `MissingWeights` if a signal's model can't be found, before anything is
+    measured.
     """
     refs = [signal.ref for signal in signals]
     missing = {ref: s for ref, s in zip(refs, signals, strict=True) if not warehouse.exists(ref.table(shard))}
     if missing:
         logger.info("shard %s/%s: measuring %s", shard.pool, shard.name, ", ".join(ref.signal for ref in missing))
-        _measure(shard, missing, warehouse, threads or len(os.sched_getaffinity(0)))
+        _measure(shard, missing, warehouse, threads or len(os.sched_getaffinity(0)) + 1)
     return [Outcome(ref, cached=ref not in missing) for ref in refs]
 
 

@@ -49,7 +49,7 @@ class Clip(Signal):
     @property
     def columns(self) -> pa.Schema:
         """See `Signal.columns`; the length of the embeddings is the model's."""
-        embedding = pa.list_(pa.float16(), self.checkpoint.embedding_size)
+        embedding = _embedding_type(self.checkpoint.embedding_size)
         columns = [
             column("clip_score", pa.float32(), "cosine of image and caption, -1 to 1; scales differ between models"),
             column("image_embedding", embedding, "L2-normalised; null if the image can't be decoded"),
@@ -93,7 +93,11 @@ class Clip(Signal):
 
 def _vectors(values: npt.NDArray[np.float32], present: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:
     flat = pa.array(values.astype(np.float16).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(~present))
+    return pa.FixedSizeListArray.from_arrays(flat, type=_embedding_type(values.shape[1]), mask=pa.array(~present))
+
+
+def _embedding_type(size: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float16()), size)  # as the field is called when read from Parquet
 
 
 def _middle(image: Image.Image) -> Image.Image:

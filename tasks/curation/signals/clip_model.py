@@ -86,7 +86,7 @@ def weights_of_tag(model: str, tag: str) -> tuple[Path, Mapping[str, Any]]:
     names = (file,) if file else _DEFAULT_HUB_FILES
     try:
         return _cached(repository, names) or _downloaded(repository, names), details
-    except (OSError, EntryNotFoundError) as error:
+    except Exception as error:  # what the network's libraries raise has no ancestor in common
         raise MissingWeights(
             f"CLIP {model}, weights {tag!r}: {' or '.join(names)} of {repository} is not in {constants.HF_HUB_CACHE}, "
             f"and can't be downloaded: {error}. Fetch it where there is a network and give the file's path in place of "

@@ -32,10 +32,10 @@ class ExactHashes(Signal):
     )
 
     def view(self, pixels: Pixels) -> str:
-        """Return the hash of width and height (32-bit little-endian) and RGBX bytes, X = 255."""
-        height, width, _ = pixels.rgba.shape
+        """Return the hash of width and height (32-bit little-endian) and the bytes of all pixels, row by row."""
+        height, width, _ = pixels.rgb.shape
         digest = xxhash.xxh3_128(struct.pack("<II", width, height))
-        digest.update(pixels.rgba.data)
+        digest.update(pixels.rgb.data)
         return digest.hexdigest()
 
     def measure(self, batch: Batch) -> pa.RecordBatch:

@@ -11,13 +11,17 @@ from storage.schema import column
 from tasks.curation.batch import Batch, Needs
 from tasks.curation.decode import Pixels
 from tasks.curation.signals.contract import Signal
-from tasks.curation.signals.lanczos import shrink
+from tasks.curation.signals.thumbnail import thumbnail
 
 THUMBNAIL = 32
 """Side of the grey thumbnail that is hashed, pixels."""
 
 FLAT = 2.0
-"""Standard deviation of the thumbnail, in grey levels of 255, under which the hash is noise."""
+"""Standard deviation of the thumbnail, in grey levels of 255, under which the hash means nothing.
+
+Measured: re-encoding or resizing moves the hash of photograph-like noise by more than 4 of 64 bits in most cases below
+2 grey levels, in a fifth between 2 and 3, and in one of twenty between 3 and 6.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,7 @@ class PerceptualHash(Signal):
 
     def view(self, pixels: Pixels) -> npt.NDArray[np.uint8]:
         """Return the grey thumbnail, uint8 of shape (32, 32)."""
-        grey = pixels.image.convert("L")
-        return shrink(np.asarray(grey), THUMBNAIL)
+        return thumbnail(pixels.rgb, THUMBNAIL)
 
     def measure(self, batch: Batch) -> pa.RecordBatch:
         """See `Signal.measure`."""

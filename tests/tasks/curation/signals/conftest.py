@@ -1,0 +1,10 @@
+from pathlib import Path
+
+import pytest
+
+from storage.warehouse import Warehouse
+
+
+@pytest.fixture
+def warehouse(tmp_path: Path) -> Warehouse:
+    return Warehouse(str(tmp_path / "warehouse"))
