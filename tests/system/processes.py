@@ -25,7 +25,7 @@ class Server:
         """Run a `prefect` command from the repository's root and return what it printed."""
         command = [str(Path(sys.executable).parent / "prefect"), "--no-prompt", *arguments]
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=240, check=False
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

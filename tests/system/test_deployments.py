@@ -24,7 +24,7 @@ def flow_run_states(server: Server) -> dict[str, str]:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_curate_and_train_run_from_the_command_line_to_completed(
     worker: Server, sample: SampleTruth, tmp_path: Path
 ) -> None:

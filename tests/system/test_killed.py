@@ -40,19 +40,19 @@ def published(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_curation_killed_at_every_stage_publishes_the_same_bytes(
     server: Server, sample: SampleTruth, tmp_path: Path
 ) -> None:
     def run(root: Path, *, kill_at: str | None = None) -> None:
         process = server.start(sys.executable, "-c", SCRIPT, sample.source, str(root))
         if kill_at:
-            wait_until(lambda: any(root.glob(kill_at)) or process.poll() is not None, seconds=200)
+            wait_until(lambda: any(root.glob(kill_at)) or process.poll() is not None, seconds=400)
             assert process.poll() is None, "it ended before it could be killed"
             end(process, signal.SIGKILL)
             assert latest(Warehouse(str(root)), "sample") is None
         else:
-            assert process.wait(300) == 0
+            assert process.wait(600) == 0
 
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     run(undisturbed)
