@@ -2,7 +2,7 @@
 
 Every image is opened once and decoded at most once, at full size: a perceptual hash or score must not depend on
 which other signals happened to be missing. What signals keep of the pixels is taken at once, so memory holds the
-pixels of a few images a thread, whatever there is to score.
+pixels of one image a thread, whatever there is to score.
 """
 
 import threading
@@ -29,10 +29,11 @@ ROWS = 128
 AHEAD = 2
 """Batches that are decoded ahead of the one being measured."""
 
-GROUP_PIXELS = 4 * 2**20
-"""Pixels that a thread holds decoded at once, 3 bytes each; an image that has more is decoded alone."""
+KEPT_BYTES = 64 * 2**20
+"""Largest memory that a thread keeps to decode the next image into."""
 
 _CHUNK = 8
+"""Images that a thread takes at a time."""
 
 
 class Needs(IntEnum):
@@ -79,14 +80,9 @@ class ReadBatch:
 
 @dataclass
 class _Seen:
-    encoded: EncodedImage | None = None
     header: Header | None = None
     views: list[Any] = field(default_factory=list)
     error: Exception | None = None
-
-    @property
-    def bytes_decoded(self) -> int:
-        return 0 if self.header is None else 3 * self.header.width * self.header.height
 
 
 def read_batches(
@@ -106,7 +102,7 @@ def read_batches(
             for read in parquet.iter_batches(rows, columns=columns):
                 images = read.column("image").field("bytes").to_pylist() if needs else []
                 chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-                waiting.append((read, images, [pool.submit(_look_at, chunk, viewers) for chunk in chunks]))
+                waiting.append((read, images, [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]))
                 if len(waiting) > AHEAD:
                     yield _assemble(*waiting.popleft(), viewers)
             while waiting:
@@ -115,55 +111,25 @@ def read_batches(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _look_at(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
-    """Open, decode and view images, each step for all of them: code that stays in the processor's cache runs faster."""
-    seen = [_open(data) for data in images]
-    for group in _groups(seen):
-        _decode_and_view(group, viewers)
-    return seen
+def _look_at_all(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
+    return [_look_at(data, viewers) for data in images]
 
 
-def _open(data: bytes | None) -> _Seen:
+def _look_at(data: bytes | None, viewers: Sequence["Signal"]) -> _Seen:
     seen = _Seen()
-    if data is not None:
-        try:
-            encoded = EncodedImage(data)
-            seen.header = encoded.header
-            seen.encoded = encoded
-        except Exception as error:  # Pillow and the libraries under it raise nearly anything
-            seen.error = error
+    if data is None:
+        return seen
+    try:
+        encoded = EncodedImage(data)
+        seen.header = encoded.header
+        if not viewers:
+            return seen
+        pixels = encoded.decode(_memory_for(seen.header))
+    except Exception as error:  # Pillow and the libraries under it raise nearly anything
+        seen.error = error
+        return seen
+    seen.views = [viewer.view(pixels) for viewer in viewers]
     return seen
-
-
-def _groups(seen: Sequence[_Seen]) -> Iterator[list[_Seen]]:
-    """Yield the images that could be opened, as many at a time as `GROUP_PIXELS` allows but at least one."""
-    group: list[_Seen] = []
-    for one in seen:
-        if one.encoded is None:
-            continue
-        if group and sum(other.bytes_decoded for other in group) + one.bytes_decoded > 3 * GROUP_PIXELS:
-            yield group
-            group = []
-        group.append(one)
-    if group:
-        yield group
-
-
-def _decode_and_view(group: Sequence[_Seen], viewers: Sequence["Signal"]) -> None:
-    memory = _memory_for(group)
-    decoded = []
-    for one in group:
-        encoded, one.encoded = one.encoded, None
-        if encoded is None or not viewers:
-            continue
-        try:
-            decoded.append((one, encoded.decode(memory[: one.bytes_decoded])))
-        except Exception as error:  # as above
-            one.error = error
-        memory = memory[one.bytes_decoded :]
-    for viewer in viewers:
-        for one, pixels in decoded:
-            one.views.append(viewer.view(pixels))
 
 
 class _Memory(threading.local):
@@ -175,13 +141,11 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
-def _memory_for(group: Sequence[_Seen]) -> npt.NDArray[np.uint8]:
-    wanted = sum(one.bytes_decoded for one in group)
-    if wanted > 3 * GROUP_PIXELS:
-        return np.empty(wanted, np.uint8)
-    if _memory.kept.size == 0:
-        _memory.kept = np.empty(3 * GROUP_PIXELS, np.uint8)
-    return _memory.kept
+def _memory_for(header: Header) -> npt.NDArray[np.uint8]:
+    size = 3 * header.width * header.height
+    if _memory.kept.size < size <= KEPT_BYTES:
+        _memory.kept = np.empty(size, np.uint8)
+    return _memory.kept[:size] if size <= KEPT_BYTES else np.empty(size, np.uint8)
 
 
 def _assemble(

@@ -66,6 +66,6 @@ class PerceptualHash(Signal):
 
 def phash(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """Return the hash of each grey thumbnail; uint8 of shape (images, 32, 32) in, uint64 of shape (images,) out."""
-    frequencies = dct(dct(thumbnails.astype(np.float64), axis=1), axis=2)[:, :8, :8].reshape(-1, 64)
+    frequencies = dct(dct(thumbnails.astype(np.float64), axis=1)[:, :8], axis=2)[:, :, :8].reshape(-1, 64)
     bits = frequencies > np.median(frequencies, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)

@@ -62,20 +62,29 @@ def _to_grey(rgb: Bytes, grey: Bytes) -> None:
 
 @njit(nogil=True, cache=True, fastmath=True)
 def _weigh(grey: Bytes, weights: Weights, result: Bytes) -> None:
-    """Write each row's weighted sums: output x weighs the inputs from `first[x]` on."""
+    """Write each row's weighted sums: output x weighs the inputs from `first[x]` on. Four rows share the weights."""
     first, factors = weights
     height, width = grey.shape
     taps = factors.shape[1]
-    line = np.zeros(width + taps)
-    for y in range(height):
-        for x in range(width):
-            line[x] = grey[y, x]
+    lines = np.zeros((4, width + taps))
+    totals = np.empty(4)
+    for top in range(0, height, 4):
+        rows = min(4, height - top)  # of the last four some may be left over from those before; they aren't written
+        for row in range(rows):
+            for x in range(width):
+                lines[row, x] = grey[top + row, x]
         for x in range(result.shape[1]):
-            inputs, factor = line[first[x] : first[x] + taps], factors[x]
-            total = _ONE / 2
+            begin, end, factor = first[x], first[x] + taps, factors[x]
+            a, b, c, d = lines[0, begin:end], lines[1, begin:end], lines[2, begin:end], lines[3, begin:end]
+            total_a = total_b = total_c = total_d = _ONE / 2
             for tap in range(taps):
-                total += inputs[tap] * factor[tap]
-            result[y, x] = int(min(max(np.floor(total / _ONE), 0.0), 255.0))
+                total_a += a[tap] * factor[tap]
+                total_b += b[tap] * factor[tap]
+                total_c += c[tap] * factor[tap]
+                total_d += d[tap] * factor[tap]
+            totals[0], totals[1], totals[2], totals[3] = total_a, total_b, total_c, total_d
+            for row in range(rows):
+                result[top + row, x] = int(min(max(np.floor(totals[row] / _ONE), 0.0), 255.0))
 
 
 @lru_cache(maxsize=256)

@@ -148,15 +148,14 @@ def test_rows_stay_in_order_over_many_batches_and_row_groups(
     assert len(set(hashes)) == 100
 
 
-def test_images_larger_than_a_threads_memory_are_decoded_alone(
+def test_images_too_large_to_keep_memory_for_are_measured_alike(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [encoded(photograph(60, 40, seed), "JPEG") for seed in range(10)]
     signals = build_signals(SignalSettings(measure=("exact", "perceptual")))
     expected = Warehouse(f"{warehouse.root}-expected")
     score_shard(write_shard(expected, images), signals, warehouse=expected)
-    monkeypatch.setattr(batch, "GROUP_PIXELS", 60 * 40 * 2 - 1)
-    monkeypatch.setattr(batch, "_memory", batch._Memory())
+    monkeypatch.setattr(batch, "KEPT_BYTES", 1000)
     shard = write_shard(warehouse, images)
     score_shard(shard, signals, warehouse=warehouse)
     assert tables(warehouse, shard, signals) == tables(expected, shard, signals)
