@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 ROWS = 128
 """Samples in a batch: what a model sees at once."""
 
+BATCH_BYTES = 32 * 2**20
+"""Bytes of a shard's samples above which a batch has fewer rows: a few batches are in memory at once."""
+
 AHEAD = 2
 """Batches that are decoded ahead of the one being measured."""
 
@@ -88,7 +91,7 @@ class _Seen:
 def read_batches(
     parquet: pq.ParquetFile, signals: Sequence["Signal"], *, threads: int, rows: int = ROWS
 ) -> Iterator[ReadBatch]:
-    """Yield a shard's samples in order, `rows` at a time, with what `signals` need of them.
+    """Yield a shard's samples in order, at most `rows` at a time, with what `signals` need of them.
 
     The images are not even read if no signal needs them. Only errors of decoding are kept; an error in a signal's
     `view` is raised.
@@ -96,19 +99,34 @@ def read_batches(
     needs = max(signal.needs for signal in signals)
     viewers = [signal for signal in signals if signal.needs is Needs.PIXELS]
     columns = ["sample_id", "caption", *(["image.bytes"] if needs else [])]
+    rows = min(rows, max(1, BATCH_BYTES // _row_bytes(parquet))) if needs else rows
     waiting: deque[tuple[pa.RecordBatch, list[bytes | None], list[Future[list[_Seen]]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            for read in parquet.iter_batches(rows, columns=columns):
+            for read in _rows_of(parquet, rows, columns):
                 images = read.column("image").field("bytes").to_pylist() if needs else []
                 chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-                waiting.append((read, images, [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]))
+                futures = [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]
+                waiting.append((read.select(["sample_id", "caption"]), images, futures))
                 if len(waiting) > AHEAD:
                     yield _assemble(*waiting.popleft(), viewers)
             while waiting:
                 yield _assemble(*waiting.popleft(), viewers)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _rows_of(parquet: pq.ParquetFile, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Read row group by row group; asked for all at once, pyarrow would keep every one it has read."""
+    for group in range(parquet.num_row_groups):
+        yield from parquet.iter_batches(rows, row_groups=[group], columns=columns)
+
+
+def _row_bytes(parquet: pq.ParquetFile) -> int:
+    """Mean size of a row, uncompressed, at least 1."""
+    metadata = parquet.metadata
+    total = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, int(total // max(1, metadata.num_rows)))
 
 
 def _look_at_all(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from storage import schema
 from storage.catalog import connect
@@ -120,8 +121,22 @@ def test_captions_are_measured_without_reading_images(
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     score_shard(shard, [Language()], warehouse=warehouse)
-    assert asked == [["sample_id", "caption"]]
+    assert asked == [["sample_id", "caption"]]  # one row group
     assert counts["opened"] == 0
+
+
+def test_memory_holds_one_row_group_whatever_the_shards_size(
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.warehouse.ROW_GROUP_BYTES", 2**20)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    shard = write_shard(warehouse, [encoded(Image.fromarray(noise), "BMP")] * 100)
+    before = pa.default_memory_pool().bytes_allocated()
+    most = 0
+    with warehouse.open_parquet(shard.path) as parquet:
+        for _ in batch.read_batches(parquet, [Size()], threads=1):
+            most = max(most, pa.default_memory_pool().bytes_allocated() - before)
+    assert most < 10 * 2**20  # of 26 MiB
 
 
 def test_a_value_does_not_depend_on_what_else_was_missing(tmp_path: Path) -> None:
