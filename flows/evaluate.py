@@ -4,6 +4,7 @@ from typing import Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import task_run
 
 from flows.curate import Name
 from flows.steps import step, taken
@@ -49,7 +50,13 @@ def evaluate(
     return evaluation
 
 
-@step(task_run_name="evaluate {run} on {snapshot} {split}")
+def _task_run_name() -> str:
+    given = task_run.parameters
+    run: RunRef | None = given["run"]
+    return f"evaluate {run.run_id if run else 'base model'} on {given['snapshot']} {given['split']}"
+
+
+@step(task_run_name=_task_run_name)
 def answer(
     snapshot: SnapshotRef, recipe: Recipe, *, run: RunRef | None, split: str, limit: int | None, warehouse: Warehouse
 ) -> Outcome[EvaluationRef]:

@@ -50,6 +50,11 @@ class Draft:
         """Identity of the snapshot: equal drafts publish the same samples for the same reasons."""
         return fingerprint(self)
 
+    @property
+    def samples_content(self) -> str:
+        """Identity of the published rows alone, whatever was rejected and why: what training depends on."""
+        return fingerprint([entry.sha256 for entry in self.curated])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Draft):

@@ -75,7 +75,7 @@ def evaluate(
         "recipe": recipe.model_dump(include=_ANSWERED),
         "base_model": base.fingerprint,
         "run": run.run_id if run else None,
-        "snapshot": read_manifest(warehouse, snapshot).content,
+        "samples": read_manifest(warehouse, snapshot).samples_content,
         "split": split,
         "limit": limit,
     }

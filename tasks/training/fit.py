@@ -105,7 +105,7 @@ class _Plan:
     def make(cls, snapshot: SnapshotRef, recipe: Recipe, parent_run: RunRef | None, warehouse: Warehouse) -> "_Plan":
         base = find_base_model(recipe.base_model)
         inputs = {
-            "snapshot": read_manifest(warehouse, snapshot).content,
+            "samples": read_manifest(warehouse, snapshot).samples_content,
             "base_model": base.fingerprint,  # its chat template included
             "parent_run": parent_run.run_id if parent_run else None,
         }

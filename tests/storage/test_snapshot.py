@@ -35,6 +35,13 @@ def test_a_manifest_reads_back_as_it_was_committed(warehouse: Warehouse) -> None
     assert manifest.curated == (ENTRY,)
 
 
+def test_other_reasons_for_the_same_samples_leave_what_training_depends_on() -> None:
+    stricter = replace(DRAFT, policy={"name": "strict"}, counts={"samples": 1, "failed": 1})
+    fewer = replace(DRAFT, curated=(replace(ENTRY, sha256="1" * 64),))
+    assert stricter.content != DRAFT.content
+    assert stricter.samples_content == DRAFT.samples_content != fewer.samples_content
+
+
 def test_publishing_the_same_again_publishes_nothing(warehouse: Warehouse) -> None:
     commit(warehouse, "d", lambda parent: DRAFT)
     again = commit(warehouse, "d", lambda parent: DRAFT)

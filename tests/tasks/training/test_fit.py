@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from storage.refs import RunRef, SnapshotRef
+from storage.refs import Outcome, RunRef, SnapshotRef
+from storage.snapshot import commit, read_manifest
 from storage.warehouse import Warehouse
 from tasks.training import fit
 from tasks.training.base_model import find_base_model
@@ -81,6 +83,16 @@ def test_the_same_run_is_cached_and_starts_no_process(
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
     again = train(snapshot, recipe, warehouse=warehouse)
     assert (again.ref, again.cached) == (trained[0], True)
+
+
+def test_a_policy_that_keeps_the_same_samples_does_not_train_again(
+    squares: Squares, trained: Trained, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse, snapshot = squares
+    manifest = read_manifest(warehouse, snapshot)
+    stricter = commit(warehouse, "stricter", lambda _: replace(manifest, policy={"name": "strict"})).ref
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    assert train(stricter, recipe, warehouse=warehouse) == Outcome(trained[0], cached=True)
 
 
 def test_what_does_not_change_the_adapter_does_not_change_the_run(
