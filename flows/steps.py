@@ -26,6 +26,7 @@ def step(**options: Any) -> Callable[[Callable[P, Outcome[R]]], Task[P, Any]]:
     """Make a Prefect task of a function that returns an `Outcome`; one found in the warehouse shows as Cached.
 
     `options` are those of `prefect.task`. Nothing is kept in Prefect's own result store: the warehouse is the cache.
+    Retries leave out what can't pass: input that is wrong stays wrong.
     """
 
     def decorate(function: Callable[P, Outcome[R]]) -> Task[P, Any]:
@@ -36,9 +37,13 @@ def step(**options: Any) -> Callable[[Callable[P, Outcome[R]]], Task[P, Any]]:
                 return Completed(name="Cached", message="The warehouse already held it", data=outcome.ref)
             return outcome.ref
 
-        return task(run, persist_result=False, **options)
+        return task(run, persist_result=False, retry_condition_fn=_may_pass, **options)
 
     return decorate
+
+
+def _may_pass(_task: Any, _run: Any, failed: State) -> bool:
+    return not isinstance(failed.result(raise_on_failure=False), ValueError)
 
 
 def taken(result: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
-from pydantic import ConfigDict, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from flows.curate import Name
 from flows.steps import step, taken
@@ -19,7 +19,10 @@ from tasks.training.recipe import Recipe, load_recipe
 RecipeChanges = create_model(  # a form of all the recipe's fields, each optional
     "RecipeChanges",
     __config__=ConfigDict(frozen=True, extra="forbid"),
-    **{name: (field.annotation | None, None) for name, field in Recipe.model_fields.items()},
+    **{
+        name: (field.annotation | None, Field(None, description=field.description))
+        for name, field in Recipe.model_fields.items()
+    },
 )
 
 

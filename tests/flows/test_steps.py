@@ -47,6 +47,20 @@ def test_what_the_warehouse_held_shows_as_cached_in_prefect() -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize(("error", "attempts"), [(OSError("disk away"), 3), (ValueError("not an image column"), 1)])
+def test_only_what_may_pass_is_tried_again(error: Exception, attempts: int) -> None:
+    tried = []
+
+    @step(retries=2)
+    def fail() -> Outcome[None]:
+        tried.append(1)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        flow(lambda: fail.submit().result(), name="failing")()
+    assert len(tried) == attempts
+
+
 def test_small_shards_share_a_task_run_and_order_is_kept() -> None:
     many = shards(*[250] * 10)
     groups = grouped(many)

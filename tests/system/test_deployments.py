@@ -1,8 +1,10 @@
 """Deployments on a real server: what the README's commands do, run by a real worker."""
 
 import json
+import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,30 +14,46 @@ from tasks.curation.sample_truth import SampleTruth
 from tests.system.processes import Server
 
 
-def flow_run_states(server: Server) -> dict[str, str]:
-    """The state of the newest run of each deployment's flow run, by the flow run's deployment name."""
+def deployed_runs(server: Server) -> list[dict[str, Any]]:
+    """All flow runs of deployments, oldest first."""
     request = urllib.request.Request(
-        f"{server.url}/api/flow_runs/filter", data=b'{"sort": "START_TIME_ASC"}', method="POST"
+        f"{server.url}/api/flow_runs/filter", data=b'{"sort": "EXPECTED_START_TIME_ASC"}', method="POST"
     )
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=30) as answer:
-        runs = json.load(answer)
-    return {run["parameters"].get("recipe", "curate"): run["state_name"] for run in runs if run["deployment_id"]}
+        runs = [run for run in json.load(answer) if run["deployment_id"] and run["state_name"] != "Scheduled"]
+    return runs
+
+
+def wait_for_triggered(server: Server) -> dict[str, Any]:
+    """Return the flow run that an event started, once it has ended."""
+    deadline = time.monotonic() + 600
+    while True:
+        runs = [run for run in deployed_runs(server) if (run["created_by"] or {}).get("type") == "AUTOMATION"]
+        if runs and runs[0]["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return runs[0]
+        assert time.monotonic() < deadline, f"no flow run was started by an event, or it did not end: {runs}"
+        time.sleep(1)
 
 
 @pytest.mark.system
 @pytest.mark.timeout(1800)
-def test_curate_and_train_run_from_the_command_line_to_completed(
+def test_curate_runs_from_the_command_line_and_its_snapshot_starts_training(
     worker: Server, sample: SampleTruth, tmp_path: Path
 ) -> None:
     root = str(tmp_path / "warehouse")
-    common = ["--param", "dataset=sample", "--param", f"warehouse={root}", "--watch"]
+    common = ["--param", "dataset=production", "--param", f"warehouse={root}", "--watch"]
     worker.prefect("deployment", "run", "curate/sample", *common, "--param", f"source={sample.source}")
-    worker.prefect("deployment", "run", "train/qlora", *common)
-    assert flow_run_states(worker) == {"curate": "Completed", "deployments/recipes/sample.yaml": "Completed"}
+
+    triggered = wait_for_triggered(worker)
+    assert triggered["state_name"] == "Completed"
+    assert {triggered["parameters"][name] for name in ("dataset", "snapshot", "warehouse")} == {"production", 1, root}
     with connect(Warehouse(root)) as catalog:
-        assert catalog.execute("SELECT dataset, snapshot FROM runs").fetchall() == [("sample", 1)]
+        assert catalog.execute("SELECT dataset, snapshot FROM runs").fetchall() == [("production", 1)]
         [(trained, samples)] = catalog.execute(
             "SELECT (SELECT count(*) FROM lineage), (SELECT count(*) FROM curated WHERE split = 'train')"
         ).fetchall()
     assert trained == samples > 0
+
+    worker.prefect("deployment", "run", "train/qlora", *common)
+    assert [run["state_name"] for run in deployed_runs(worker)] == ["Completed"] * 3
