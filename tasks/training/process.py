@@ -32,6 +32,7 @@ _ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while waiting stall each other when a CPU is shared
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
