@@ -21,6 +21,7 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation import decide as deciding
 from tasks.curation import publish as publishing
+from tasks.curation.difference import difference, difference_markdown
 from tasks.curation.funnel import Funnel, funnel_markdown
 from tasks.curation.ingest import IngestedFile, ingest_file
 from tasks.curation.pairs.exact import find_exact_pairs
@@ -69,6 +70,7 @@ def curate(
     pairs = pair_pool(samples, evidence, rules, warehouse=store)
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
     snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
+    compare.submit(snapshot, warehouse=store).result()
     announce(snapshot, warehouse=store)
     return snapshot
 
@@ -121,13 +123,21 @@ def publish(
 ) -> Outcome[SnapshotRef]:
     """Publish what was kept as the dataset's next snapshot."""
     outcome = publishing.publish(dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse)
-    write_catalog(warehouse)
     if not outcome.cached:
+        write_catalog(warehouse)
         emit_event(
             "tamis.snapshot.published",
             resource={"prefect.resource.id": f"tamis.dataset.{dataset}"},
             payload={"dataset": dataset, "snapshot": outcome.ref.number, "warehouse": warehouse.root},
         )
+    return outcome
+
+
+@step(task_run_name="compare {snapshot} with the one before")
+def compare(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
+    """Find what was added and removed since the snapshot before, and why."""
+    outcome = difference(snapshot, warehouse=warehouse)
+    write_catalog(warehouse)
     return outcome
 
 
@@ -172,8 +182,13 @@ def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, wareho
 
 
 def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
-    """Publish the funnel as an artifact."""
+    """Publish the funnel and what changed as artifacts."""
     funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
     create_markdown_artifact(
         key=f"funnel-{snapshot.dataset}", markdown=funnel_markdown(funnel), description=f"Funnel of {snapshot}"
+    )
+    create_markdown_artifact(
+        key=f"difference-{snapshot.dataset}",
+        markdown=difference_markdown(snapshot, warehouse=warehouse),
+        description=f"What {snapshot} changed",
     )

@@ -26,9 +26,10 @@ STORAGE_VERSION = "v1.0.0"
 def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB connection in memory with the catalog's views.
 
-    The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, snapshots, runs, evaluations,
-    merges and lineage. `decisions` and `curated` show the latest snapshot of each dataset as of this call; `signals`
-    has one row a sample with the columns of every signal (the newest measurement of each name; embeddings apart).
+    The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, snapshots, differences, runs,
+    evaluations, merges and lineage. `decisions` and `curated` show the latest snapshot of each dataset as of this
+    call; `signals` has one row a sample with the columns of every signal (the newest measurement of each name;
+    embeddings apart).
     """
     connection = duckdb.connect()
     if not warehouse.is_local:
@@ -74,6 +75,7 @@ def view_statements(warehouse: Warehouse) -> list[str]:
         "decisions": _of_snapshots(warehouse, [(m, m.decisions) for m in newest], schema.DECISIONS),
         "curated": _of_snapshots(warehouse, [(m, m.curated) for m in newest], schema.CURATED),
         "snapshots": _snapshots(manifests),
+        "differences": _differences(warehouse, manifests),
         "runs": _record_view(warehouse, "runs", "run.parquet", schema.RUNS),
         "evaluations": _record_view(warehouse, "evaluations", "evaluation.parquet", schema.EVALUATIONS),
         "merges": _record_view(warehouse, "merges", "merge.parquet", schema.MERGES),
@@ -151,6 +153,16 @@ def _snapshots(manifests: list[Manifest]) -> str:
     numbers_ = dict.fromkeys(("snapshot", "parent", "samples", "kept"), "BIGINT")
     text = dict.fromkeys(("dataset", "pool", "policy", "content", "created_at", "code_version"), "VARCHAR")
     return " UNION ALL ".join(selects) or _nothing({**text, **numbers_})
+
+
+def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
+    selects = [
+        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, * "
+        f"FROM read_parquet({_quote(warehouse.uri(m.ref.difference))})"
+        for m in manifests
+        if warehouse.exists(m.ref.difference)
+    ]
+    return " UNION ALL ".join(selects) or _empty(schema.DIFFERENCE, dataset="VARCHAR", snapshot="BIGINT")
 
 
 def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schema) -> str:

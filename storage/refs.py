@@ -106,6 +106,11 @@ class SnapshotRef:
         """Path of the manifest whose existence is the publication."""
         return f"snapshots/{self.dataset}/manifests/{self.number:08d}.json"
 
+    @property
+    def difference(self) -> str:
+        """Path of the table of samples added and removed since the snapshot before."""
+        return f"snapshots/{self.dataset}/differences/{self.number:08d}.parquet"
+
     def __str__(self) -> str:
         return f"{self.dataset}@{self.number}"
 

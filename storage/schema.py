@@ -69,6 +69,18 @@ CURATED = SAMPLES.append(SPLIT)
 HOLDOUT = pa.schema([SAMPLE_ID, SPLIT])
 """Every sample a dataset has ever published as validation or test: it never moves to train."""
 
+DIFFERENCE = pa.schema(
+    [
+        SAMPLE_ID,
+        column("change", pa.string(), "added or removed, since the snapshot before"),
+        column("cause", pa.string(), "new_sample, left_pool, condition or duplicate"),
+        column("failed", pa.list_(pa.string()), "conditions it fails now (removed) or failed before (added)"),
+        column("duplicate_of", pa.string(), "survivor it stands back for now (removed) or stood back for (added)"),
+        column("duplicate_rule", pa.string(), "the duplicate rule that joins, or joined, the two"),
+        column("because", pa.string(), "what changed in the policy, the signals or the pool to bring it about"),
+    ]
+)
+
 RUNS = pa.schema(
     [
         column("run_id", pa.string(), "fingerprint of recipe, snapshot, base model and code version of the step"),
