@@ -66,8 +66,8 @@ SPLIT = column("split", pa.string(), "train, validation or test: a function of t
 CURATED = SAMPLES.append(SPLIT)
 """Columns every curated shard begins with; the signals the snapshot was decided on follow (embeddings excepted)."""
 
-HOLDOUT = pa.schema([SAMPLE_ID, SPLIT])
-"""Every sample a dataset has ever published as validation or test: it never moves to train."""
+PUBLISHED = pa.schema([SAMPLE_ID, SPLIT])
+"""Every sample a dataset has ever published, with its split: it never moves to another."""
 
 DIFFERENCE = pa.schema(
     [

@@ -31,7 +31,8 @@ class Draft:
     """All that a snapshot says, before it has a number.
 
     `policy` is the whole policy, `signals` maps a signal's name to its fingerprint, `pairs` a kind to its own,
-    `funnel` holds what each condition and rule took away, `counts` the same and the splits by flat names.
+    `published` is the table of every sample that this or an earlier snapshot of the dataset published, `funnel` holds
+    what each condition and rule took away, `counts` the same and the splits by flat names.
     """
 
     pool: str
@@ -41,7 +42,7 @@ class Draft:
     pairs: Mapping[str, str]
     decisions: tuple[FileEntry, ...]
     curated: tuple[FileEntry, ...]
-    holdout: FileEntry | None
+    published: FileEntry | None
     counts: Mapping[str, int]
     funnel: Mapping[str, Any] = field(default_factory=dict)
 
@@ -129,7 +130,7 @@ def read_manifest(warehouse: Warehouse, snapshot: SnapshotRef) -> Manifest:
         ) from None
     for name in ("decisions", "curated"):
         data[name] = tuple(FileEntry(**entry) for entry in data[name])
-    data["holdout"] = FileEntry(**data["holdout"]) if data["holdout"] else None
+    data["published"] = FileEntry(**data["published"]) if data["published"] else None
     data["pool_shards"] = tuple(data["pool_shards"])
     return Manifest(**data)
 

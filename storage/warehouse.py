@@ -4,6 +4,7 @@ Every object is built under a temporary name and appears whole or not at all, an
 what can be read is complete and a killed process leaves nothing that looks done.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -171,6 +172,24 @@ class Warehouse:
         for file in sorted(p for p in source.rglob("*") if p.is_file()):
             with self.building(f"{path}/{file.relative_to(source).as_posix()}") as temporary:
                 shutil.copyfile(file, temporary)
+
+    def remove(self, path: str) -> None:
+        """Delete an object; nothing happens if it is not there. Only expiry does: all else is kept for ever."""
+        if self.is_local:
+            self.local_path(path).unlink(missing_ok=True)
+        elif self.exists(path):
+            self.remote.rm_file(self._key(path))
+
+    @contextmanager
+    def locked(self, name: str, *, shared: bool) -> Iterator[None]:
+        """Hold a lock among the processes of this machine, waiting for it. A remote warehouse has no locks."""
+        if not self.is_local:
+            yield
+            return
+        file = self._made_parent(f".work/locks/{name}")
+        with file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
 
     def remove_stale(self) -> int:
         """Delete what killed processes left under the temporary folder over a day ago; returns how many files."""

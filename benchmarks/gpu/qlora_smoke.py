@@ -111,7 +111,7 @@ def publish_scenes(warehouse: Warehouse, samples: int) -> SnapshotRef:
         pairs={},
         decisions=(),
         curated=(entry,),
-        holdout=None,
+        published=None,
         counts={},
     )
     return commit(warehouse, "scenes", lambda latest: draft).ref

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from storage.record import read_record
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
-from storage.schema import DECISIONS, HOLDOUT
-from storage.snapshot import Draft, Manifest, commit, numbers, read_manifest
+from storage.schema import DECISIONS, PUBLISHED
+from storage.snapshot import Draft, Manifest, commit
 from storage.warehouse import Warehouse, check_name
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.decide import decisions_ref
@@ -59,7 +59,8 @@ def publish(
     evidence, _ = read_evidence(pairs, sample_ids=ids, warehouse=warehouse)
 
     def build(parent: Manifest | None) -> Draft:
-        published = _published_splits(dataset, parent, warehouse)
+        earlier = [parent.published.path] if parent and parent.published else []
+        published = warehouse.read_tables(earlier, PUBLISHED).cast(PUBLISHED)
         split = assign_splits(ids.filter(kept), evidence=evidence, published=published, splits=policy.splits)
         verdicts = _verdicts(pool, decided, kept, split)
         entries = (*parent.decisions, *parent.curated) if parent else ()
@@ -73,14 +74,13 @@ def publish(
             pairs={pair.kind: pair.fingerprint for pair in pairs},
             decisions=tuple(in_order(files.write_decisions, verdicts, threads=READERS)),
             curated=tuple(in_order(files.write_curated, not_empty, threads=WRITERS)),
-            holdout=files.write_holdout(
-                pa.table([ids.filter(kept), split], schema=HOLDOUT), parent.holdout if parent else None
-            ),
+            published=files.write_published(published, pa.table([ids.filter(kept), split], schema=PUBLISHED)),
             counts={**record.counts, **_split_counts(split)},
             funnel=record.result,
         )
 
-    return commit(warehouse, dataset, build)
+    with warehouse.locked(f"publish-{dataset}", shared=True):  # expiry must not remove files that this one shares
+        return commit(warehouse, dataset, build)
 
 
 def _read_decisions(pool: PoolRef, decisions: DecisionsRef, warehouse: Warehouse) -> list[pa.Table]:
@@ -92,25 +92,6 @@ def _read_decisions(pool: PoolRef, decisions: DecisionsRef, warehouse: Warehouse
 
 def _columns(tables: Iterable[pa.Table], name: str) -> pa.ChunkedArray:
     return pa.chunked_array([chunk for table in tables for chunk in table[name].chunks], DECISIONS.field(name).type)
-
-
-def _published_splits(dataset: str, parent: Manifest | None, warehouse: Warehouse) -> pa.Table:
-    """The split that each sample was ever published in: from all snapshots there are, and the parent's holdout table.
-
-    A sample that was trained on, rejected since and kept again must not come back as a test sample; the holdout table
-    remembers the held-out ones also when the snapshots that published them have expired.
-    """
-
-    def read(path: str) -> pa.Table:
-        return warehouse.read_table(path, HOLDOUT.names).cast(HOLDOUT)
-
-    if parent is None:
-        return HOLDOUT.empty_table()
-    earlier = [number for number in numbers(warehouse, dataset) if number < parent.number]
-    manifests = [parent, *(read_manifest(warehouse, SnapshotRef(dataset, number)) for number in reversed(earlier))]
-    paths = [entry.path for manifest in manifests for entry in manifest.curated]
-    paths += [parent.holdout.path] if parent.holdout else []
-    return pa.concat_tables([HOLDOUT.empty_table(), *in_order(read, list(dict.fromkeys(paths)), threads=READERS)])
 
 
 def _verdicts(

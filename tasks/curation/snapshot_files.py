@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from storage.fingerprint import file_digest, fingerprint
 from storage.refs import ShardRef
-from storage.schema import CURATED, HOLDOUT, SAMPLES, SPLIT
+from storage.schema import CURATED, SAMPLES, SPLIT
 from storage.snapshot import FileEntry
 from storage.warehouse import ROW_GROUP_BYTES, Warehouse
 from tasks.curation.columns import Columns
@@ -65,16 +65,15 @@ class SnapshotFiles:
                 self._fill_curated(temporary, verdicts)
         return self._entry(path, shard.name)
 
-    def write_holdout(self, published: pa.Table, parent: FileEntry | None) -> FileEntry | None:
-        """Write every sample ever held out: the parent's, and those of `published` that are not in train."""
-        before = self.warehouse.read_table(parent.path) if parent else HOLDOUT.empty_table()
-        held_out = published.filter(pc.not_equal(published["split"], "train"))
-        is_new = pc.invert(pc.is_in(held_out["sample_id"], value_set=before["sample_id"].combine_chunks()))
-        table = pa.concat_tables([before.cast(HOLDOUT), held_out.filter(is_new).cast(HOLDOUT)]).sort_by("sample_id")
+    def write_published(self, earlier: pa.Table, now: pa.Table) -> FileEntry | None:
+        """Write every sample ever published: those of earlier snapshots and those that have a split `now`."""
+        now = now.filter(now["split"].is_valid())
+        is_new = pc.invert(pc.is_in(now["sample_id"], value_set=earlier["sample_id"].combine_chunks()))
+        table = pa.concat_tables([earlier, now.filter(is_new)]).sort_by("sample_id")
         if not table.num_rows:
             return None
         identity = fingerprint([VERSION, _digest(*table.columns)])
-        path = f"snapshots/{self.dataset}/holdout/{identity}.parquet"
+        path = f"snapshots/{self.dataset}/published/{identity}.parquet"
         if not self._is_there(path):
             self.warehouse.write_table(path, table)
         return self._entry(path, "")

@@ -59,7 +59,7 @@ DRAFT = Draft(
     pairs={"perceptual": "f3"},
     decisions=(FileEntry("snapshots/d/decisions/d.parquet", 2, 1, "", "shard"),),
     curated=(FileEntry("snapshots/d/curated/c.parquet", 1, 1, "", "shard"),),
-    holdout=None,
+    published=None,
     counts={},
 )
 

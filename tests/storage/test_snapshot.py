@@ -16,7 +16,7 @@ DRAFT = Draft(
     pairs={},
     decisions=(ENTRY,),
     curated=(ENTRY,),
-    holdout=None,
+    published=None,
     counts={"samples": 1},
 )
 

@@ -32,7 +32,7 @@ def published(root: Path) -> dict[str, bytes]:
     """Every file that the latest manifest names, and the manifest without its time."""
     manifest = latest(Warehouse(str(root)), "sample")
     assert manifest
-    entries = [*manifest.decisions, *manifest.curated, *([manifest.holdout] if manifest.holdout else [])]
+    entries = [*manifest.decisions, *manifest.curated, *([manifest.published] if manifest.published else [])]
     content = json.loads((root / manifest.ref.manifest).read_text())
     del content["created_at"]
     files = {entry.path: (root / entry.path).read_bytes() for entry in entries}

@@ -59,7 +59,7 @@ def publish(root: Path) -> tuple[Warehouse, SnapshotRef]:
             pairs={},
             decisions=(),
             curated=tuple(entries),
-            holdout=None,
+            published=None,
             counts={},
         )
 

@@ -91,7 +91,7 @@ def test_a_shard_without_kept_samples_has_no_file(warehouse):
 
 def test_nothing_kept_is_a_snapshot_too(warehouse):
     outcome = curate(warehouse, [shard_of(0, 3, clip_score=0.0)])
-    assert (manifest_of(warehouse, outcome.ref).curated, manifest_of(warehouse, outcome.ref).holdout) == ((), None)
+    assert (manifest_of(warehouse, outcome.ref).curated, manifest_of(warehouse, outcome.ref).published) == ((), None)
 
 
 def test_publishing_the_same_again_is_cached(warehouse):
@@ -126,14 +126,14 @@ def test_held_out_samples_stay_held_out_for_ever(warehouse):
     assert {k: row["split"] for k, row in curated(warehouse, last.ref).items() if row["split"] != "train"} == held_out
 
 
-def test_held_out_samples_stay_held_out_when_old_snapshots_were_expired(warehouse):
+def test_samples_stay_in_their_splits_when_old_snapshots_were_expired(warehouse):
     first = curate(warehouse, [shard_of(0, 60)])
-    held_out = {k: row["split"] for k, row in curated(warehouse, first.ref).items() if row["split"] != "train"}
+    splits = {k: row["split"] for k, row in curated(warehouse, first.ref).items()}
     curate(warehouse, [shard_of(0, 60)], policy=POLICY.with_parameters({"least": 0.9}))
     warehouse.local_path(first.ref.manifest).unlink()
     other = POLICY.model_copy(update={"splits": POLICY.splits.model_copy(update={"seed": 7})})
     last = curated(warehouse, curate(warehouse, [shard_of(0, 60)], policy=other).ref)
-    assert {k: last[k]["split"] for k in held_out} == held_out
+    assert {k: row["split"] for k, row in last.items()} == splits
 
 
 def test_train_samples_that_come_back_stay_in_train(warehouse):

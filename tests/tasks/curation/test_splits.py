@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.schema import HOLDOUT
+from storage.schema import PUBLISHED
 from tasks.curation.duplicates import Edges, Evidence
 from tasks.curation.policy import Splits
 from tasks.curation.splits import SPLITS, assign_splits
@@ -23,7 +23,7 @@ def evidence_of(*pairs: tuple[str, str]) -> Evidence:
 
 def assign(samples, *, pairs=(), published=None, splits=EVEN) -> dict[str, str | None]:
     published = published or {}
-    table = pa.table([list(published), list(published.values())], schema=HOLDOUT)
+    table = pa.table([list(published), list(published.values())], schema=PUBLISHED)
     column = pa.chunked_array([list(samples)], pa.string())
     found = assign_splits(column, evidence=evidence_of(*pairs), published=table, splits=splits)
     return dict(zip(samples, found.to_pylist(), strict=True))
