@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.events import emit_event
 from pydantic import Field
 
-from flows.steps import grouped, in_groups, step, task_runner
+from flows.steps import artifact_key, grouped, in_groups, step, task_runner
 from storage.catalog import write_catalog
 from storage.pool import read_pool
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
@@ -158,7 +158,9 @@ def ingest_source(source: str | None, *, pool: str, warehouse: Warehouse) -> Poo
 def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) -> list[SignalRef]:
     """Score a pool in groups of shards, showing progress."""
     groups = grouped(pool.shards)
-    progress = create_progress_artifact(progress=0.0, key="scoring", description=f"Scoring {pool.name}")
+    progress = create_progress_artifact(
+        progress=0.0, key=artifact_key("scoring", pool.name), description=f"Scoring {pool.name}"
+    )
     futures = [
         score.submit(f"{pool.name}/{group[0].name[:4]}…", group, signals, warehouse=warehouse) for group in groups
     ]
@@ -185,10 +187,12 @@ def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
     """Publish the funnel and what changed as artifacts."""
     funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
     create_markdown_artifact(
-        key=f"funnel-{snapshot.dataset}", markdown=funnel_markdown(funnel), description=f"Funnel of {snapshot}"
+        key=artifact_key("funnel", snapshot.dataset),
+        markdown=funnel_markdown(funnel),
+        description=f"Funnel of {snapshot}",
     )
     create_markdown_artifact(
-        key=f"difference-{snapshot.dataset}",
+        key=artifact_key("difference", snapshot.dataset),
         markdown=difference_markdown(snapshot, warehouse=warehouse),
         description=f"What {snapshot} changed",
     )

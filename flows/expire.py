@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from flows.curate import Name
+from flows.steps import artifact_key
 from storage import expire as expiring
 from storage.warehouse import Warehouse
 
@@ -23,7 +24,7 @@ def expire(dataset: Name, keep: int = 10, dry_run: bool = True, warehouse: str =
     done = "Would remove" if dry_run else "Removed"
     files = "".join(f"\n- `{path}`" for path in expired.files)
     create_markdown_artifact(
-        key=f"expired-{dataset}",
+        key=artifact_key("expired", dataset),
         description=f"{done} {len(expired.snapshots)} snapshots of {dataset}",
         markdown=f"{done} snapshots: {numbers}\n\n{done} {len(expired.files)} files\n{files}",
     )

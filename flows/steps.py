@@ -51,6 +51,11 @@ def taken(result: Any) -> Any:
     return result.result() if isinstance(result, State) else result
 
 
+def artifact_key(kind: str, name: str) -> str:
+    """Return a key for an artifact about a pool or dataset: Prefect takes no dots and underscores there."""
+    return f"{kind}-{name}".replace(".", "-").replace("_", "-")
+
+
 def task_runner() -> TaskRunner[Any]:
     """Return the runner that `TAMIS_RUNNER` (threads, processes) and `TAMIS_WORKERS` (a number) ask for.
 

@@ -4,11 +4,13 @@ from uuid import UUID
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
-from flows.steps import MAX_TASK_RUNS, MIN_GROUP_SAMPLES, grouped, step, taken, task_runner
+from flows.steps import MAX_TASK_RUNS, MIN_GROUP_SAMPLES, artifact_key, grouped, step, taken, task_runner
 from storage.refs import Outcome, ShardRef
+from storage.warehouse import check_name
 
 
 @step(task_run_name="double {number}")
@@ -59,6 +61,11 @@ def test_only_what_may_pass_is_tried_again(error: Exception, attempts: int) -> N
     with pytest.raises(type(error), match=str(error)):
         flow(lambda: fail.submit().result(), name="failing")()
     assert len(tried) == attempts
+
+
+@pytest.mark.parametrize("name", ["pets", "my_pets.v2", "a" * 64, "0-_.0"])
+def test_every_name_of_a_dataset_makes_a_key_that_prefect_takes(name: str) -> None:
+    assert ArtifactCreate(key=artifact_key("funnel", check_name(name, "dataset"))).key.startswith("funnel-")
 
 
 def test_small_shards_share_a_task_run_and_order_is_kept() -> None:
