@@ -9,7 +9,12 @@ from typing import Annotated
 
 import pyarrow as pa
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 from prefect.events import emit_event
 from pydantic import Field
 
@@ -27,6 +32,7 @@ from tasks.curation.ingest import IngestedFile, ingest_file
 from tasks.curation.pairs.exact import find_exact_pairs
 from tasks.curation.pairs.perceptual import find_perceptual_pairs
 from tasks.curation.policy import Policy, load_policy
+from tasks.curation.report import write_report
 from tasks.curation.score import score_shard
 from tasks.curation.signals import Signal, SignalSettings, build_signals
 from tasks.curation.sources.contract import SourceFile
@@ -71,7 +77,8 @@ def curate(
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
     snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
     compare.submit(snapshot, warehouse=store).result()
-    announce(snapshot, warehouse=store)
+    page = report.submit(snapshot, warehouse=store).result()
+    announce(snapshot, page, warehouse=store)
     return snapshot
 
 
@@ -141,6 +148,12 @@ def compare(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
     return outcome
 
 
+@step(task_run_name="report on {snapshot}")
+def report(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
+    """Write the snapshot's report, one HTML file."""
+    return write_report(snapshot, warehouse=warehouse)
+
+
 # -- many task runs of one step -------------------------------------------------------------------------------
 
 
@@ -183,8 +196,8 @@ def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, wareho
     return [future.result() for future in futures]
 
 
-def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
-    """Publish the funnel and what changed as artifacts."""
+def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
+    """Publish the funnel, what changed and a link to the report as artifacts."""
     funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),
@@ -195,4 +208,11 @@ def announce(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
         key=artifact_key("difference", snapshot.dataset),
         markdown=difference_markdown(snapshot, warehouse=warehouse),
         description=f"What {snapshot} changed",
+    )
+    location = warehouse.uri(page)
+    create_link_artifact(
+        key=artifact_key("report", snapshot.dataset),
+        link=f"file://{location}" if warehouse.is_local else location,
+        link_text=f"Report on {snapshot}: {location}",
+        description=f"Report on {snapshot}",
     )

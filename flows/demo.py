@@ -134,6 +134,7 @@ def tell_where(snapshot: SnapshotRef, *, warehouse: Warehouse, folder: Path) -> 
     """Draw the funnel and print where to look and what to ask next."""
     draw_funnel(Funnel.from_dict(read_manifest(warehouse, snapshot).funnel), folder / "funnel.png")
     say(f"\nFunnel picture: {folder / 'funnel.png'}")
+    say(f"Report with pictures of what was kept and rejected: {warehouse.uri(snapshot.report)}")
     say(f"Any DuckDB client opens the catalog: duckdb -readonly {warehouse.uri('catalog.duckdb')}")
     for what, query in QUERIES.items():
         say(f"  -- {what}\n  {query};")

@@ -11,7 +11,7 @@ from storage.refs import SnapshotRef
 from storage.snapshot import numbers, read_manifest
 from storage.warehouse import Warehouse, WarehouseError
 
-FOLDERS = ("curated", "decisions", "published", "differences")
+FOLDERS = ("curated", "decisions", "published", "differences", "reports")
 
 
 @dataclass(frozen=True)
@@ -67,4 +67,4 @@ def _files(warehouse: Warehouse, snapshot: SnapshotRef) -> Iterator[str]:
     manifest = read_manifest(warehouse, snapshot)
     for entry in (*manifest.curated, *manifest.decisions, *([manifest.published] if manifest.published else [])):
         yield entry.path
-    yield snapshot.difference
+    yield from (snapshot.difference, snapshot.report)

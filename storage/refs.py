@@ -111,6 +111,11 @@ class SnapshotRef:
         """Path of the table of samples added and removed since the snapshot before."""
         return f"snapshots/{self.dataset}/differences/{self.number:08d}.parquet"
 
+    @property
+    def report(self) -> str:
+        """Path of the HTML report."""
+        return f"snapshots/{self.dataset}/reports/{self.number:08d}.html"
+
     def __str__(self) -> str:
         return f"{self.dataset}@{self.number}"
 

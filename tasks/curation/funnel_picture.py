@@ -13,7 +13,13 @@ KEPT, REJECTED, TEXT = "#2a6f77", "#d8c9a8", "#333333"
 
 
 def draw_funnel(funnel: Funnel, path: Path) -> None:
-    """Draw the funnel as a picture, PNG or SVG by `path`'s ending: what is left after each stage, and what it took."""
+    """Draw the funnel as a picture, PNG or SVG by `path`'s ending."""
+    with matplotlib.rc_context({"svg.hashsalt": "tamis"}):  # the same funnel gives the same file
+        funnel_figure(funnel).savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def funnel_figure(funnel: Funnel) -> Figure:
+    """Return the funnel as a bar chart: what is left after each stage, and what it took."""
     stages = [*funnel.conditions, *funnel.duplicates]
     left = [funnel.samples, *(stage.remaining for stage in stages)]
     whole = max(1, funnel.samples)
@@ -37,5 +43,4 @@ def draw_funnel(funnel: Funnel, path: Path) -> None:
     axes.set_title(
         f"{funnel.policy}: {funnel.kept:,} of {funnel.samples:,} samples kept", loc="left", color=TEXT, fontsize=11
     )
-    with matplotlib.rc_context({"svg.hashsalt": "tamis"}):  # the same funnel gives the same file
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return figure

@@ -1,0 +1,67 @@
+"""Charts of a report as SVG that takes its colours from the page, so that light and dark both read well."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from tasks.curation.funnel import Funnel
+from tasks.curation.funnel_picture import KEPT, REJECTED, TEXT, funnel_figure
+
+BINS = 40
+LINE = "#b5442e"
+COLOURS = {TEXT: "var(--text)", KEPT: "var(--kept)", REJECTED: "var(--rejected)", LINE: "var(--line)"}
+
+
+def funnel_chart(funnel: Funnel) -> str:
+    """Return the funnel as SVG."""
+    return _svg(funnel_figure(funnel), name="funnel")
+
+
+def histogram(name: str, values: NDArray[np.float64], kept: NDArray[np.bool_], lines: Sequence[float]) -> str:
+    """Return a histogram of kept and rejected samples as SVG, thresholds as dashed lines.
+
+    The axis spans 99.8 % of the values and the lines; what lies beyond is counted in the outermost bars.
+    """
+    finite = np.isfinite(values)
+    low, high = _span(values[finite], lines)
+    inside = np.clip(values, low, high)
+    figure = Figure(figsize=(4.2, 2.1), layout="constrained")
+    axes = figure.add_subplot()
+    edges = np.linspace(low, high, BINS + 1).tolist()
+    groups = [inside[finite & kept], inside[finite & ~kept]]
+    axes.hist(groups, bins=edges, stacked=True, color=[KEPT, REJECTED])
+    for line in lines:
+        axes.axvline(line, color=LINE, linestyle="--", linewidth=1.2)
+    axes.tick_params(colors=TEXT, labelsize=8)
+    axes.locator_params(axis="y", nbins=4)
+    for place, side in axes.spines.items():
+        side.set_visible(place == "bottom")
+        side.set_color(TEXT)
+    return _svg(figure, name=name)
+
+
+def _span(values: NDArray[np.float64], lines: Sequence[float]) -> tuple[float, float]:
+    ends = [*np.quantile(values, [0.001, 0.999]), *lines] if len(values) else [0.0, 1.0, *lines]
+    low, high = float(min(ends)), float(max(ends))
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _svg(figure: Figure, *, name: str) -> str:
+    """The figure as an SVG element to put into a page: text as text, colours by the page's names for them."""
+    FigureCanvasSVG(figure)
+    target = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return svg
