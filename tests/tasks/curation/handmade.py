@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from storage.fingerprint import fingerprint
+from storage.record import Record, write_record
 from storage.refs import PairsRef, PoolRef, ShardRef, SignalRef
 from storage.schema import PAIRS, SAMPLES, column
 from storage.warehouse import Warehouse
@@ -97,6 +98,7 @@ def write_signals(
             ids = warehouse.read_table(shard.path, ["sample_id"])["sample_id"].to_pylist()
             values = {name: [{**GOOD, **rows[sample]}[name] for sample in ids] for name in columns}
             warehouse.write_table(ref.table(shard), pa.table({"sample_id": ids, **values}, schema=pa.schema(fields)))
+        write_record(warehouse, f"{ref.folder}/signal.json", Record("measure", ref.fingerprint, {}, {}))
     return refs
 
 
