@@ -76,7 +76,7 @@ class Explanation:
             lines += ["|:--|:--|:--|:--|"]
             for own in verdict.judgements:
                 values = ", ".join(f"{name} = {_cell(value)}" for name, value in own.values.items())
-                lines.append(f"| {'✓' if own.passed else '✗'} | {own.condition} | `{_cell(own.sql)}` | {values} |")
+                lines.append(f"| {'✓' if own.passed else '✗'} | {own.condition} | `{_code(own.sql)}` | {values} |")
         if self.pairs:
             lines += ["", "## Pairs", "", "| kind | with | distance |", "|:--|:--|--:|"]
             lines += [f"| {kind} | {_cell(key)} `{other}` | {at:.3g} |" for kind, other, key, at in self.pairs]
@@ -185,6 +185,10 @@ def _outcome(verdict: Verdict) -> str:
         by = f"{verdict.duplicate_rule}, distance {verdict.duplicate_distance:.3g}"
         reasons.append(f"duplicate of `{verdict.duplicate_of}` ({by})")
     return "rejected: " + ("; ".join(reasons) or "split_conflict")
+
+
+def _code(sql: str) -> str:
+    return " ".join(sql.split()).replace("|", "\\|").replace("`", "'")
 
 
 def _cell(value: Any) -> str:
