@@ -24,11 +24,11 @@ TILE = 1 << 15
 
 
 class Pairs(NamedTuple):
-    """Pairs of indices, and how many bits differ (0–64)."""
+    """Pairs of indices, and how far they are from each other: bits that differ (0–64), or 1 - cosine."""
 
     left: Indices
     right: Indices
-    distance: NDArray[np.uint8]
+    distance: NDArray[np.uint8] | NDArray[np.float32]
 
 
 class TooManyPairsError(ValueError):
