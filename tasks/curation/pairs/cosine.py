@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.curation.pairs.codes import Indices
 from tasks.curation.pairs.embeddings import Vectors
 from tasks.curation.pairs.hamming import Pairs
-from tasks.curation.pairs.keys import Indices
 
 BLOCK, TILE = 1_024, 8_192
 """Rows and columns of cosines in memory at once."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from storage.refs import ShardRef, SignalRef
 from storage.warehouse import Warehouse
-from tasks.curation.pairs.keys import Codes
+from tasks.curation.pairs.codes import Codes
 from tasks.curation.pairs.members import PairsError
 
 COLUMN = "image_embedding"

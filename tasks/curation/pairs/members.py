@@ -13,8 +13,8 @@ import pyarrow as pa
 from storage.refs import ShardRef, SignalRef
 from storage.schema import PAIRS
 from storage.warehouse import Warehouse
+from tasks.curation.pairs.codes import Codes
 from tasks.curation.pairs.hamming import Pairs
-from tasks.curation.pairs.keys import Codes
 from tasks.curation.parallel import in_order
 
 READERS = 8

@@ -13,10 +13,10 @@ import pyarrow as pa
 from storage.refs import Outcome, PairsRef, PoolRef, ShardRef, SignalRef
 from storage.schema import SAMPLE_ID
 from storage.warehouse import Warehouse
+from tasks.curation.pairs.codes import Indices
 from tasks.curation.pairs.coverage import extend
 from tasks.curation.pairs.embeddings import Collection
 from tasks.curation.pairs.hamming import Pairs
-from tasks.curation.pairs.keys import Indices
 from tasks.curation.pairs.members import Members, PairsError
 
 VERSION = 1
