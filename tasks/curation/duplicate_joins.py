@@ -6,7 +6,6 @@ are found by group: samples joined at distance 0 within a kind are one group, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tasks.curation.pairs.hamming import Groups, Pairs
+from tasks.curation.policy import Method
 
 SMALLEST = np.float32(2**-24)
 """Distance of samples with equal codes that are no group, as they count only where something else agrees."""
@@ -55,9 +55,6 @@ class Evidence:
         labels = _connected(len(self.ids), left, right)
         _, smallest = np.unique(labels, return_index=True)
         return smallest.astype(np.int32)[labels]
-
-
-Method = Literal["greedy", "official", "components"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from storage.refs import PairsRef, PoolRef
 from storage.warehouse import Warehouse
-from tasks.curation.duplicate_joins import Method, Rule
+from tasks.curation.duplicate_joins import Rule
 from tasks.curation.duplicates import choose_survivors, read_evidence
+from tasks.curation.policy import Method
 
 
 def suggest_epsilon(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import duckdb
 import pyarrow as pa
@@ -28,7 +28,6 @@ from pydantic import (
 
 from storage.schema import SAMPLES
 from tasks.curation.conditions import Expression, PolicyError, Value, check_expression, locked_connection, suggest
-from tasks.curation.duplicate_joins import Method
 from tasks.curation.policy_file import SHORT_FORM, describe_faults, named_list, read_mapping
 
 SAMPLE_COLUMNS = pa.schema([SAMPLES.field(name) for name in ("key", "caption", "url", "metadata")])
@@ -51,6 +50,9 @@ def _amount(value: Any) -> Any:
         raise ValueError(f"{value!r} is neither a number nor a $parameter")
     return _value(value)
 
+
+Method = Literal["greedy", "official", "components"]
+"""What goes where pairs make chains; `DuplicateRule` says how they differ."""
 
 SEMANTIC = "semantic"
 """The kind of pairs whose distance is 1 - cosine of image embeddings."""

@@ -46,7 +46,7 @@ def cluster_embeddings(pool: PoolRef, signal: SignalRef, *, warehouse: Warehouse
         raise PairsError(f"pool {pool.name} has no samples to cluster. Ingest a source into it first.")
     for shard in pool.shards:
         embedding_size(signal, shard, warehouse)
-    kmeans: Any = importlib.import_module("tasks.curation.pairs.kmeans")  # faiss and torch take seconds
+    kmeans: Any = importlib.import_module("tasks.curation.pairs.kmeans")  # torch takes seconds
     config = {
         "version": VERSION,
         "pool": pool.name,

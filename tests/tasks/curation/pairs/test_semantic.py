@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -133,6 +134,19 @@ def test_near_embeddings_lie_in_each_others_clusters():
     alone = one.own == other.own
     probed = alone | (one.others == other.own[:, None]).any(axis=1) | (other.others == one.own[:, None]).any(axis=1)
     assert alone.mean() < 0.95 < 0.99 < probed.mean()
+
+
+def test_centroids_are_as_near_to_the_samples_as_faiss_finds_them():
+    rng = np.random.default_rng(4)
+    vectors = (rng.normal(size=(50, 32))[rng.integers(0, 50, 8000)] + rng.normal(size=(8000, 32))).astype(np.float16)
+    theirs = faiss.Kmeans(32, 60, niter=kmeans.ROUNDS, spherical=True, seed=1)
+    unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
+    theirs.train(unit)
+    fit = (unit @ theirs.centroids.T).max(axis=1).mean()
+    ours = kmeans.train(vectors, 60)
+    assert (unit @ ours.T).max(axis=1).mean() > 0.99 * fit
+    assert len(np.unique(kmeans.find_nearest(vectors, ours).own)) == 60
+    np.testing.assert_array_equal(ours, kmeans.train(vectors, 60))
 
 
 def test_a_pool_that_was_not_scored_or_clustered_is_named(warehouse):
