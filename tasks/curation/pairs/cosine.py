@@ -3,13 +3,13 @@
 One matrix product in torch, on the GPU if there is one: there in float16, and what may be near again in float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.curation.pairs.blocks import device, directions, each
 from tasks.curation.pairs.codes import Indices
 from tasks.curation.pairs.embeddings import Vectors
 from tasks.curation.pairs.hamming import Pairs
@@ -54,7 +54,9 @@ def cosine_pairs(embeddings: Clustered, *, max_distance: float) -> Pairs:
             "for what people would call similar."
         )
     search = _Search(embeddings, max_distance)
-    found = [*search.within_clusters(), *search.across_borders()]
+    clusters = range(len(search.members))
+    found = [part for parts in each(search.within, clusters) for part in parts]
+    found += [part for parts in each(search.across_border, clusters) for part in parts]
     left, right = (np.concatenate([np.zeros(0, np.int64), *(part[end] for part in found)]) for end in (0, 1))
     distance = np.concatenate([np.zeros(0, np.float32), *(part[2] for part in found)])
     left, right = np.minimum(left, right), np.maximum(left, right)
@@ -67,33 +69,37 @@ class _Search:
 
     def __init__(self, embeddings: Clustered, max_distance: float) -> None:
         self.embeddings, self.max_distance = embeddings, max_distance
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_half = device().type == "cuda"
         self.is_same = np.zeros(len(embeddings.rows), np.bool_)
         clusters = int(max(embeddings.own.max(initial=-1), embeddings.others.max(initial=-1))) + 1
         self.members = _by_cluster(embeddings.own, np.arange(len(embeddings.own)), clusters)
         visits = np.nonzero(embeddings.others >= 0)
         self.visitors = _by_cluster(embeddings.others[visits], visits[0], clusters)
 
-    def within_clusters(self) -> Iterator[Pairs]:
-        """Yield the near pairs of new members of a cluster with all of its members."""
-        for members in self.members:
-            first = int(np.searchsorted(members, self.embeddings.old))
-            for start in range(first, len(members), BLOCK):
-                block = members[start : start + BLOCK]
-                yield self._with_earlier(block, members[:start])
-                block = block[~self.is_same[block]]
-                yield self._near(block, block, below_diagonal=True)
+    def within(self, cluster: int) -> list[Pairs]:
+        """Return in parts the near pairs of new members of a cluster with all of its members."""
+        members, found = self.members[cluster], []
+        first = int(np.searchsorted(members, self.embeddings.old))
+        for start in range(first, len(members), BLOCK):
+            block = members[start : start + BLOCK]
+            found.append(self._with_earlier(block, members[:start]))
+            block = block[~self.is_same[block]]
+            found.append(self._near(block, block, below_diagonal=True))
+        return found
 
-    def across_borders(self) -> Iterator[Pairs]:
-        """Yield the near pairs of embeddings with the members of other clusters that they are nearly as near to."""
-        old = self.embeddings.old
-        for members, visitors in zip(self.members, self.visitors, strict=True):
-            members, visitors = members[~self.is_same[members]], visitors[~self.is_same[visitors]]
-            for start in range(0, len(visitors), BLOCK):
-                block = visitors[start : start + BLOCK]
-                known = int(np.searchsorted(block, old))
-                for one, other in ((block[:known], members[members >= old]), (block[known:], members)):
-                    yield self._once(self._near(one, other))
+    def across_border(self, cluster: int) -> list[Pairs]:
+        """Return in parts the near pairs of a cluster's members with embeddings nearly as near to it as to their own.
+
+        Wants `within` done for all clusters.
+        """
+        members, visitors = (part[~self.is_same[part]] for part in (self.members[cluster], self.visitors[cluster]))
+        old, found = self.embeddings.old, []
+        for start in range(0, len(visitors), BLOCK):
+            block = visitors[start : start + BLOCK]
+            known = int(np.searchsorted(block, old))
+            for one, other in ((block[:known], members[members >= old]), (block[known:], members)):
+                found.append(self._once(self._near(one, other)))
+        return found
 
     def _with_earlier(self, block: Indices, earlier: Indices) -> Pairs:
         """Return the near pairs of a block with the members before it; embeddings in a crowd become the same as one."""
@@ -122,17 +128,15 @@ class _Search:
 
     def _near(self, block: Indices, others: Indices, *, below_diagonal: bool = False, keep: int = NEIGHBOURS) -> Pairs:
         """Return the near pairs of one of `block` and one of `others`, the `keep` nearest of each of `block`."""
-        rows, parts = self._load(block), []
-        for start in range(0, len(others) if len(block) else 0, TILE):
-            columns = self._load(others[start : start + TILE])
-            left, right, cosine = self._hits(rows, columns, below_diagonal=below_diagonal, keep=keep)
-            distance = np.maximum(1 - cosine, SMALLEST)
-            near = distance <= np.float32(self.max_distance)
-            parts.append(Pairs(left[near], right[near] + start, distance[near]))
-        if not parts:
-            return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        parts = [Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+        if len(block) and len(others):
+            rows = self._load(block)
+            for start in range(0, len(others), TILE):
+                columns = rows if below_diagonal else self._load(others[start : start + TILE])
+                left, right, distance = self._hits(rows, columns, below_diagonal=below_diagonal, keep=keep)
+                parts.append(Pairs(left, right + start, distance))
         left, right, distance = (np.concatenate(part) for part in zip(*parts, strict=True))
-        if len(parts) > 1:
+        if len(parts) > 2:
             kept = _nearest_of_each(left, distance, keep)
             left, right, distance = left[kept], right[kept], distance[kept]
         return Pairs(block[left], others[right], distance)
@@ -140,24 +144,33 @@ class _Search:
     def _hits(
         self, rows: torch.Tensor, columns: torch.Tensor, *, below_diagonal: bool, keep: int
     ) -> tuple[Indices, Indices, NDArray[np.float32]]:
-        """Return places in `rows` and `columns` of all pairs that may be near, and their cosine in float32."""
-        is_half = self.device.type == "cuda"
-        cosines = rows.half() @ columns.half().T if is_half else rows @ columns.T
-        near = cosines >= 1 - self.max_distance - (SLACK if is_half else 0)
+        """Return the places in `rows` and `columns` of near pairs, and their distance by a product in float32."""
+        cosines = rows.half() @ columns.half().T if self.is_half else rows @ columns.T
         if below_diagonal:
-            near = near.tril(-1)
-        counts = near.sum(dim=1)
-        if int(counts.max()) > keep:
-            least = torch.topk(cosines.masked_fill(~near, -2), keep, dim=1).values[:, -1:]
-            near &= cosines >= least - (SLACK if is_half else 0)
-        left, right = near.nonzero(as_tuple=True)
-        exact = (rows[left] * columns[right]).sum(dim=1) if is_half else cosines[left, right]
-        return left.cpu().numpy(), right.cpu().numpy(), exact.cpu().numpy()
+            cosines += torch.full_like(cosines, -4).triu()
+        slack = SLACK if self.is_half else 0
+        flat = _where(cosines >= 1 - self.max_distance - slack)
+        left, right = np.divmod(flat, len(columns))
+        if len(flat) > keep and np.bincount(left).max() > keep:
+            least = torch.topk(cosines, keep, dim=1).values[:, -1:].clamp(min=1 - self.max_distance)
+            left, right = np.divmod(_where(cosines >= least - slack), len(columns))
+        if self.is_half:
+            exact = (rows[torch.from_numpy(left)] * columns[torch.from_numpy(right)]).sum(dim=1).cpu().numpy()
+        else:
+            exact = cosines.numpy()[left, right]
+        distance = np.maximum(1 - exact, SMALLEST)
+        near = distance <= np.float32(self.max_distance)
+        return left[near], right[near], distance[near]
 
     def _load(self, numbers: Indices) -> torch.Tensor:
-        """Return embeddings as float32 of length 1."""
-        vectors = torch.from_numpy(np.asarray(self.embeddings.vectors[self.embeddings.rows[numbers]]))
-        return torch.nn.functional.normalize(vectors.to(self.device).float(), dim=1)
+        return directions(np.asarray(self.embeddings.vectors[self.embeddings.rows[numbers]]))
+
+
+def _where(near: torch.Tensor) -> Indices:
+    """Return the places of what is true in a flattened matrix; numpy finds them faster than torch on a CPU."""
+    flat = near.view(-1)
+    found = flat.nonzero().view(-1).cpu().numpy() if near.is_cuda else np.flatnonzero(flat.numpy())
+    return np.asarray(found, np.int64)
 
 
 def _by_cluster(clusters: NDArray[np.int32], numbers: Indices, count: int) -> list[Indices]:

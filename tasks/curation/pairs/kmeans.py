@@ -4,7 +4,6 @@ As in faiss, which SemDeDup uses: random samples to begin with, a few hundred sa
 in place of the paper's 100, as later ones move few samples.
 """
 
-from collections.abc import Iterator
 from math import isqrt
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tasks.curation.pairs.blocks import device, directions, each
 from tasks.curation.pairs.embeddings import Vectors
 
 FEW = 20_000
@@ -53,43 +53,36 @@ def train(sample: Vectors, clusters: int) -> Centroids:
     """
     if not len(sample):
         return np.zeros((1, sample.shape[1]), np.float32)
-    device = _device()
     draw = torch.Generator().manual_seed(SEED)
-    first = torch.randperm(len(sample), generator=draw)[:clusters]
-    centroids = _directions(sample[first.numpy()], device)
+    centroids = directions(sample[torch.randperm(len(sample), generator=draw)[:clusters].numpy()])
+
+    def nearest(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        block = directions(sample[start : start + BLOCK])
+        return block, (block @ centroids.T).argmax(dim=1)
+
     for _ in range(ROUNDS):
-        sums, sizes = torch.zeros_like(centroids), torch.zeros(len(centroids), device=device)
-        for block in _blocks(sample, device):
-            nearest = (block @ centroids.T).argmax(dim=1)
-            sums.index_add_(0, nearest, block)
-            sizes += torch.bincount(nearest, minlength=len(centroids))
-        empty = (sizes == 0).nonzero().flatten().cpu()
-        sums[empty] = _directions(sample[torch.randint(len(sample), (len(empty),), generator=draw).numpy()], device)
+        sums, sizes = torch.zeros_like(centroids), torch.zeros(len(centroids), device=centroids.device)
+        for block, own in each(nearest, range(0, len(sample), BLOCK)):
+            sums.index_add_(0, own, block)
+            sizes += torch.bincount(own, minlength=len(centroids))
+        empty = (sizes == 0).nonzero().flatten()
+        sums[empty] = directions(sample[torch.randint(len(sample), (len(empty),), generator=draw).numpy()])
         centroids = torch.nn.functional.normalize(sums, dim=1)
     return np.asarray(centroids.cpu().numpy(), np.float32)
 
 
 def find_nearest(vectors: Vectors, centroids: Centroids) -> Nearest:
     """Return the clusters near each embedding, up to `PROBES` of them with its own."""
-    device = _device()
-    targets = torch.tensor(centroids, device=device).T
+    targets = torch.tensor(centroids, device=device()).T
     count = min(PROBES, len(centroids))
-    found = [torch.topk(block @ targets, count) for block in _blocks(vectors, device)]
-    cosines = np.concatenate([np.zeros((0, count), np.float32), *(best.values.cpu().numpy() for best in found)])
-    places = np.concatenate([np.zeros((0, count), np.int32), *(best.indices.cpu().numpy() for best in found)])
-    places = np.where(cosines < cosines[:, :1] - np.float32(MARGIN), -1, places).astype(np.int32)
+
+    def nearest(start: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        best = torch.topk(directions(vectors[start : start + BLOCK]) @ targets, count)
+        return best.values.cpu().numpy(), best.indices.int().cpu().numpy()
+
+    cosines, places = np.empty((len(vectors), count), np.float32), np.empty((len(vectors), count), np.int32)
+    starts = range(0, len(vectors), BLOCK)
+    for start, found in zip(starts, each(nearest, starts), strict=True):
+        cosines[start : start + BLOCK], places[start : start + BLOCK] = found
+    places[cosines < cosines[:, :1] - np.float32(MARGIN)] = -1
     return Nearest(places[:, 0], 1 - cosines[:, 0], places[:, 1:])
-
-
-def _blocks(vectors: Vectors, device: torch.device) -> Iterator[torch.Tensor]:
-    for start in range(0, len(vectors), BLOCK):
-        yield _directions(vectors[start : start + BLOCK], device)
-
-
-def _directions(vectors: Vectors, device: torch.device) -> torch.Tensor:
-    """Return embeddings as float32 of length 1."""
-    return torch.nn.functional.normalize(torch.tensor(vectors, device=device).float(), dim=1)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
