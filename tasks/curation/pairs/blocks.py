@@ -32,11 +32,15 @@ def each(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
         yield from map(function, items)
         return
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread alone: what it does with the results must not wait for busy cores
     waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ MARGIN = 0.1
 
 Two near embeddings lie in different clusters if the border runs between them, so both are close to the border.
 """
-BLOCK = 4_096
+BLOCK = 2_048
 
 Centroids = NDArray[np.float32]
 
@@ -54,19 +54,20 @@ def train(sample: Vectors, clusters: int) -> Centroids:
     if not len(sample):
         return np.zeros((1, sample.shape[1]), np.float32)
     draw = torch.Generator().manual_seed(SEED)
-    centroids = directions(sample[torch.randperm(len(sample), generator=draw)[:clusters].numpy()])
+    points = directions(sample)
+    centroids = points[torch.randperm(len(points), generator=draw)[:clusters]]
 
-    def nearest(start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        block = directions(sample[start : start + BLOCK])
-        return block, (block @ centroids.T).argmax(dim=1)
+    def nearest(block: torch.Tensor) -> torch.Tensor:
+        return (block @ centroids.T).max(dim=1).indices
 
     for _ in range(ROUNDS):
         sums, sizes = torch.zeros_like(centroids), torch.zeros(len(centroids), device=centroids.device)
-        for block, own in each(nearest, range(0, len(sample), BLOCK)):
+        blocks = points.split(BLOCK)
+        for block, own in zip(blocks, each(nearest, blocks), strict=True):
             sums.index_add_(0, own, block)
             sizes += torch.bincount(own, minlength=len(centroids))
         empty = (sizes == 0).nonzero().flatten()
-        sums[empty] = directions(sample[torch.randint(len(sample), (len(empty),), generator=draw).numpy()])
+        sums[empty] = points[torch.randint(len(points), (len(empty),), generator=draw)]
         centroids = torch.nn.functional.normalize(sums, dim=1)
     return np.asarray(centroids.cpu().numpy(), np.float32)
 
