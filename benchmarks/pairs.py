@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.record import record
+from tasks.curation.pairs.codes import Codes
 from tasks.curation.pairs.hamming import Pairs, hamming_pairs
-from tasks.curation.pairs.keys import Codes
 
 MILLION = 1_000_000
 FEWER = 100_000

@@ -29,17 +29,23 @@ from tasks.curation import publish as publishing
 from tasks.curation.difference import difference, difference_markdown
 from tasks.curation.funnel import Funnel, funnel_markdown
 from tasks.curation.ingest import IngestedFile, ingest_file
+from tasks.curation.pairs.clusters import COLUMNS as CLUSTER_COLUMNS
+from tasks.curation.pairs.clusters import cluster_embeddings
 from tasks.curation.pairs.exact import find_exact_pairs
 from tasks.curation.pairs.perceptual import find_perceptual_pairs
-from tasks.curation.policy import Policy, load_policy
+from tasks.curation.pairs.semantic import find_semantic_pairs
+from tasks.curation.policy import SEMANTIC, Policy, PolicyError, load_policy
 from tasks.curation.report import write_report
 from tasks.curation.score import score_shard
 from tasks.curation.signals import Signal, SignalSettings, build_signals
 from tasks.curation.sources.contract import SourceFile
 from tasks.curation.sources.find import find_source_files
 
-PAIR_DISTANCE = 4
-"""Bits up to which perceptual pairs are kept as evidence, so that a policy can choose among them."""
+PAIR_DISTANCE = {"perceptual": 4, SEMANTIC: 0.1}
+"""How far pairs are looked for at least, bits or 1 - cosine, so that a policy can choose among them."""
+
+MEASURED_BY = {"bytes": "exact", "pixels": "exact", "perceptual": "perceptual", SEMANTIC: "clip"}
+"""The signal in which pairs of a kind are looked for."""
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 
@@ -69,10 +75,11 @@ def curate(
     store = Warehouse(warehouse)
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
-    rules.check(pa.schema([column for signal in measures for column in signal.columns]))
+    check_policy(rules, measures)
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
     evidence = score_pool(samples, measures, warehouse=store)
+    evidence += cluster_pool(samples, evidence, rules, warehouse=store)
     pairs = pair_pool(samples, evidence, rules, warehouse=store)
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
     snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
@@ -101,12 +108,25 @@ def score(
     return Outcome([o.ref for o in outcomes[: len(signals)]], cached=all(o.cached for o in outcomes))
 
 
+@step(task_run_name="cluster {pool.name}")
+def cluster(pool: PoolRef, signal: SignalRef, *, warehouse: Warehouse) -> Outcome[SignalRef]:
+    """Find the clusters that semantic pairs are looked for in."""
+    return cluster_embeddings(pool, signal, warehouse=warehouse)
+
+
 @step(task_run_name="pair {pool.name} by {kind}")
-def pair(kind: str, pool: PoolRef, signal: SignalRef, *, max_distance: int, warehouse: Warehouse) -> Outcome[PairsRef]:
+def pair(
+    kind: str, pool: PoolRef, signals: dict[str, SignalRef], *, max_distance: float, warehouse: Warehouse
+) -> Outcome[PairsRef]:
     """Find duplicate pairs of one kind among the pool's samples."""
+    signal = signals[MEASURED_BY[kind]]
+    if kind == SEMANTIC:
+        return find_semantic_pairs(pool, signal, signals["clusters"], max_distance=max_distance, warehouse=warehouse)
     if kind == "perceptual":
-        return find_perceptual_pairs(pool, signal, max_distance=max_distance, warehouse=warehouse)
-    return find_exact_pairs(pool, signal, column=f"{kind}_hash", warehouse=warehouse)
+        return find_perceptual_pairs(pool, signal, max_distance=ceil(max_distance), warehouse=warehouse)
+    return find_exact_pairs(
+        pool, signal, column="bytes_hash" if kind == "bytes" else "pixels_hash", warehouse=warehouse
+    )
 
 
 @step(task_run_name="decide {pool.name} by {policy.name}")
@@ -154,6 +174,24 @@ def report(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
     return write_report(snapshot, warehouse=warehouse)
 
 
+# -- before anything is measured ------------------------------------------------------------------------------
+
+
+def check_policy(policy: Policy, signals: list[Signal]) -> None:
+    """Raise `PolicyError` if the policy does not fit the signals that will be measured."""
+    columns = [column for signal in signals for column in signal.columns]
+    kinds = policy.reach()
+    policy.check(pa.schema([*columns, *CLUSTER_COLUMNS] if SEMANTIC in kinds else columns))
+    for kind in kinds:
+        if kind not in MEASURED_BY:
+            raise PolicyError(f"{policy.origin}: there are no pairs of kind {kind!r}. Kinds: {', '.join(MEASURED_BY)}.")
+        if MEASURED_BY[kind] not in {signal.name for signal in signals}:
+            raise PolicyError(
+                f"{policy.origin}: pairs of kind {kind} need the signal {MEASURED_BY[kind]}, which is not measured. "
+                "Add it to the signals, or remove the duplicate rule."
+            )
+
+
 # -- many task runs of one step -------------------------------------------------------------------------------
 
 
@@ -183,16 +221,21 @@ def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) ->
     return evidence
 
 
+def cluster_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[SignalRef]:
+    """Cluster the pool's embeddings, if a duplicate rule looks at semantic pairs."""
+    if SEMANTIC not in policy.reach():
+        return []
+    (clip,) = (signal for signal in signals if signal.signal == MEASURED_BY[SEMANTIC])
+    return [cluster.submit(pool, clip, warehouse=warehouse).result()]
+
+
 def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[PairsRef]:
     """Find the pairs that the policy's duplicate rules ask for, at least as far as `PAIR_DISTANCE`."""
     by_name = {signal.signal: signal for signal in signals}
-    futures = []
-    for rule in policy.duplicates:
-        wanted = ceil(policy.number(rule.max_distance, f"max_distance of duplicate rule {rule.name}"))
-        for kind in rule.pairs:
-            signal = by_name["perceptual" if kind == "perceptual" else "exact"]
-            distance = max(PAIR_DISTANCE, wanted)
-            futures.append(pair.submit(kind, pool, signal, max_distance=distance, warehouse=warehouse))
+    futures = [
+        pair.submit(kind, pool, by_name, max_distance=max(PAIR_DISTANCE.get(kind, 0), wanted), warehouse=warehouse)
+        for kind, wanted in policy.reach().items()
+    ]
     return [future.result() for future in futures]
 
 

@@ -57,7 +57,9 @@ DECISIONS = pa.schema(
         column("failed", pa.list_(pa.string()), "names of all conditions the sample fails, in the policy's order"),
         column("duplicate_of", pa.string(), "sample_id of the kept sample that stands in its place"),
         column("duplicate_rule", pa.string(), "the duplicate rule that joins the two"),
-        column("duplicate_distance", pa.float32(), "their distance under that rule"),
+        column(
+            "duplicate_distance", pa.float32(), "distance of the pair that joins them, or that ends a chain of such"
+        ),
     ]
 )
 

@@ -23,10 +23,11 @@ from storage.schema import DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import Columns, find_columns
 from tasks.curation.conditions import PolicyError, evaluate, locked_connection
-from tasks.curation.duplicates import Evidence, Rule, Survivors, choose_survivors, read_evidence
+from tasks.curation.duplicate_joins import Evidence, Rule
+from tasks.curation.duplicates import Survivors, choose_survivors, read_evidence
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.parallel import in_order
-from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
+from tasks.curation.policy import CheckedPolicy, Condition, DuplicateRule, Policy, TopFraction
 
 VERSION = 1
 READERS = 8
@@ -44,8 +45,8 @@ def decide(
     """Apply `policy` to every sample of `pool` and write one decision table a shard.
 
     A sample that passes every condition and is nobody's duplicate is kept. Among duplicates the one the policy
-    prefers survives, so a survivor is always kept; samples that fail a condition never survive, and name a survivor
-    too if they are its neighbours. The record holds the funnel.
+    prefers survives, so a survivor is always kept; samples that fail a condition never survive nor remove others, and
+    name a survivor too if they are its neighbours. The record holds the funnel.
 
     Raises `PolicyError` before anything is read if the policy does not fit the signals and pairs, and
     `EvidenceError` if those don't fit the pool.
@@ -168,19 +169,20 @@ def _rules(checked: CheckedPolicy, pairs: Sequence[PairsRef], warehouse: Warehou
     policy = checked.policy
     known = {pair.kind: pair for pair in pairs}
     rules = []
-    for rule, distance in zip(policy.duplicates, checked.distances, strict=True):
+    for rule, distance, confirm in zip(policy.duplicates, checked.distances, checked.confirmations, strict=True):
         what = f'{policy.origin}: duplicate rule "{rule.name}"'
-        for kind in rule.pairs:
+        for kind in sorted(rule.kinds):
             if kind not in known:
                 at_hand = ", ".join(known) or "none"
                 raise PolicyError(f"{what} needs pairs of kind {kind}, which were not found. Kinds at hand: {at_hand}.")
             reach = _reach(known[kind], warehouse)
-            if distance > reach:
+            wanted = distance if kind in rule.pairs or confirm is None else confirm
+            if wanted > reach:
                 raise PolicyError(
-                    f"{what} reaches to distance {distance:g}, but pairs of kind {kind} were only looked for up to "
-                    f"{reach:g}. Look for them with max_distance={distance:g} first, or ask for less."
+                    f"{what} reaches to distance {wanted:g}, but pairs of kind {kind} were only looked for up to "
+                    f"{reach:g}. Look for them with max_distance={wanted:g} first, or ask for less."
                 )
-        rules.append(Rule(rule.pairs, distance))
+        rules.append(Rule(rule.pairs, distance, rule.rule, confirm))
     return rules
 
 
@@ -244,10 +246,7 @@ class _Tables:
         return count_funnel(
             policy.name,
             conditions=[(condition.name, self._text(condition)) for condition in policy.conditions],
-            rules=[
-                (rule.name, ", ".join(rule.pairs) + (f" within {distance:g}" if distance else ""))
-                for rule, distance in zip(policy.duplicates, self.checked.distances, strict=True)
-            ],
+            rules=[(rule.name, _rule_text(policy, rule)) for rule in policy.duplicates],
             failed=self.samples.failed,
             taken_by=self._of_pair(self.survivors.rule, self.positions),
         )
@@ -264,6 +263,16 @@ class _Tables:
         else:
             text = condition.sql
         return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(parameters.get(found[1], found[0])), text)
+
+
+def _rule_text(policy: Policy, rule: DuplicateRule) -> str:
+    """A duplicate rule as people read it, with the parameters' values."""
+    distance = policy.number(rule.max_distance, f'duplicate rule "{rule.name}", max_distance')
+    text = ", ".join(rule.pairs) + (f" within {distance:g}" if distance else "")
+    if rule.confirm is not None:
+        confirm = policy.number(rule.confirm, f'duplicate rule "{rule.name}", confirm')
+        text += f", embeddings within {confirm:g}"
+    return text if rule.rule == "greedy" else f"{text}, {rule.rule}"
 
 
 def failed_names(failed: NDArray[np.uint64], names: Sequence[str]) -> pa.ListArray:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import duckdb
 import pyarrow as pa
@@ -51,6 +51,15 @@ def _amount(value: Any) -> Any:
     return _value(value)
 
 
+Method = Literal["greedy", "official", "components"]
+"""What goes where pairs make chains; `DuplicateRule` says how they differ."""
+
+SEMANTIC = "semantic"
+"""The kind of pairs whose distance is 1 - cosine of image embeddings."""
+
+PREFERENCES = {"hard": "centroid_distance desc", "easy": "centroid_distance asc", "random": "md5(key) asc"}
+"""SemDeDup's words for who survives: the least or the most typical of a cluster of embeddings, or whoever."""
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
 ParameterValue = Annotated[int | float | str, BeforeValidator(_value)]
 Amount = Annotated[int | float | str, BeforeValidator(_amount)]
@@ -81,11 +90,36 @@ class TopFraction(_Choice):
 
 
 class DuplicateRule(_Choice):
-    """Samples that count as the same: those that pairs of some kinds join within a distance."""
+    """Samples that count as the same: those that pairs of some kinds join within a distance.
+
+    `rule` says what goes where a is near b and b near c, but not a near c, in the order of preference a, b, c: greedy
+    keeps a and c, as neither has a neighbour that stays; official, SemDeDup's code, keeps a, as b removes c although it
+    goes itself; components keeps one of all that hang together. The distance of semantic pairs is 1 - cosine, so there
+    `max_distance` is SemDeDup's ε (up to and with it; the code's own comparison leaves out ε itself).
+    `confirm` takes a look at the embeddings: pairs count only if semantic pairs join the two within that 1 - cosine.
+    That is for perceptual hashes more than 4 bits apart, among which there are strangers.
+    """
 
     name: Name = Field(description="the rule's name in the decisions")
-    pairs: tuple[Name, ...] = Field(description="kinds of pairs: bytes, pixels, perceptual", min_length=1)
+    pairs: tuple[Name, ...] = Field(description="kinds of pairs: bytes, pixels, perceptual or semantic", min_length=1)
     max_distance: Amount = Field(default=0, description="largest distance that counts, 0 for equal only")
+    rule: Method = Field(
+        default="greedy", description="what goes where pairs make chains: greedy, official, components"
+    )
+    confirm: Amount | None = Field(default=None, description="1 - cosine that embeddings must be within, too")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """All kinds of pairs that the rule looks at."""
+        return frozenset(self.pairs) | ({SEMANTIC} if self.confirm is not None else set())
+
+    @model_validator(mode="after")
+    def _measure_alike(self) -> Self:
+        if SEMANTIC in self.pairs and "perceptual" in self.pairs:
+            raise ValueError("semantic distances are 1 - cosine and perceptual ones are bits; make it two rules")
+        if SEMANTIC in self.pairs and self.confirm is not None:
+            raise ValueError("semantic pairs can't confirm themselves; give max_distance alone")
+        return self
 
 
 class Splits(_Choice):
@@ -123,7 +157,9 @@ class Policy(_Choice):
     conditions: tuple[AnyCondition, ...] = Field(default=(), description="all must pass", max_length=64)
     duplicates: tuple[DuplicateRule, ...] = Field(default=(), description="of samples that match, one survives")
     prefer: tuple[str, ...] = Field(
-        default=(), description="who survives: SQL with asc or desc, the first that differs decides, NULL loses"
+        default=(),
+        description="who survives: SQL with asc or desc, or hard, easy or random; the first that differs decides, "
+        "NULL loses",
     )
     splits: Splits = Field(default_factory=Splits, description="what is held out")
     _origin: str | None = PrivateAttr(default=None)
@@ -132,6 +168,16 @@ class Policy(_Choice):
     def origin(self) -> str:
         """What messages call the policy: the file it was read from, else its name."""
         return self._origin or f"policy {self.name}"
+
+    def reach(self) -> dict[str, float]:
+        """Return how far each kind of pairs must be looked for: the largest distance that a duplicate rule asks for."""
+        reach: dict[str, float] = {}
+        for rule in self.duplicates:
+            for kind in rule.kinds:
+                amount, what = (rule.max_distance, "max_distance") if kind in rule.pairs else (rule.confirm, "confirm")
+                distance = self.number(amount or 0, f'duplicate rule "{rule.name}", {what}')
+                reach[kind] = max(reach.get(kind, 0), distance)
+        return reach
 
     @field_validator("conditions", "duplicates", mode="before")
     @classmethod
@@ -198,7 +244,8 @@ class CheckedPolicy:
     """A policy whose every part was found to work, with what it takes to evaluate it.
 
     `conditions` and `prefer` hold one expression for each of the policy's, in order; for a top fraction it is the
-    number to rank by, and `fractions` has the share by the condition's place. `distances` are the duplicate rules'.
+    number to rank by, and `fractions` has the share by the condition's place. `distances` are the duplicate rules', and
+    `confirmations` the distances of embeddings that confirm, or None.
     """
 
     policy: Policy
@@ -207,6 +254,7 @@ class CheckedPolicy:
     prefer: tuple[Expression, ...]
     descending: tuple[bool, ...]
     distances: tuple[float, ...]
+    confirmations: tuple[float | None, ...]
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
@@ -241,15 +289,24 @@ def _checked(policy: Policy, columns: pa.Schema, connection: duckdb.DuckDBPyConn
     prefer, descending = [], []
     for text in policy.prefer:
         what = f'{policy.origin}: preference "{text}"'
-        sql, _, direction = text.strip().rpartition(" ")
+        sql, _, direction = PREFERENCES.get(text.strip(), text.strip()).rpartition(" ")
         is_directed = direction.lower() in ("asc", "desc")
         _require(is_directed, f'{what} has no direction. Write "{text} desc" if more is better, else "{text} asc".')
         prefer.append(check(sql, what))
         descending.append(direction.lower() == "desc")
     _refuse_unused(policy, conditions + prefer)
-    distances = [policy.number(r.max_distance, f'duplicate rule "{r.name}", max_distance') for r in policy.duplicates]
+    rules = policy.duplicates
     return CheckedPolicy(
-        policy, tuple(conditions), fractions, tuple(prefer), descending=tuple(descending), distances=tuple(distances)
+        policy,
+        tuple(conditions),
+        fractions,
+        tuple(prefer),
+        descending=tuple(descending),
+        distances=tuple(policy.number(r.max_distance, f'duplicate rule "{r.name}", max_distance') for r in rules),
+        confirmations=tuple(
+            None if r.confirm is None else policy.number(r.confirm, f'duplicate rule "{r.name}", confirm')
+            for r in rules
+        ),
     )
 
 
@@ -262,6 +319,7 @@ def _refuse_unused(policy: Policy, expressions: list[Expression]) -> None:
     used = {name for expression in expressions for name in expression.parameters}
     amounts = [condition.top_fraction for condition in policy.conditions if isinstance(condition, TopFraction)]
     amounts += [rule.max_distance for rule in policy.duplicates]
+    amounts += [rule.confirm for rule in policy.duplicates if rule.confirm is not None]
     used |= {amount.removeprefix("$") for amount in amounts if isinstance(amount, str)}
     unused = sorted(set(policy.parameters) - used)
     _require(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tasks.curation.duplicates import Evidence
+from tasks.curation.duplicate_joins import Evidence
 from tasks.curation.policy import Splits
 
 SPLITS = ("train", "validation", "test")

@@ -14,8 +14,8 @@ from scipy.sparse.csgraph import connected_components
 from storage.refs import PairsRef
 from storage.schema import PAIRS
 from storage.warehouse import Warehouse
+from tasks.curation.pairs.codes import Indices
 from tasks.curation.pairs.hamming import Groups, Pairs
-from tasks.curation.pairs.keys import Indices
 
 
 def read_pairs(pairs: PairsRef, warehouse: Warehouse, *, ids: pa.Array | pa.ChunkedArray | None = None) -> pa.Table:

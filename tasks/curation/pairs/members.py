@@ -13,8 +13,8 @@ import pyarrow as pa
 from storage.refs import ShardRef, SignalRef
 from storage.schema import PAIRS
 from storage.warehouse import Warehouse
+from tasks.curation.pairs.codes import Codes
 from tasks.curation.pairs.hamming import Pairs
-from tasks.curation.pairs.keys import Codes
 from tasks.curation.parallel import in_order
 
 READERS = 8
@@ -74,9 +74,16 @@ class Members:
         rows = pa.RecordBatchReader.from_batches(
             schema, _batches(signal, schema, new=new, old=old, warehouse=warehouse)
         )
+        with cls.of(rows, column=columns[0], usable=usable, warehouse=warehouse) as members:
+            yield members
+
+    @classmethod
+    @contextmanager
+    def of(cls, rows: pa.RecordBatchReader, *, column: str, usable: str, warehouse: Warehouse) -> Iterator["Members"]:
+        """Give the samples in `rows` (`sample_id`, `is_new` and codes in `column`) for which `usable` holds."""
         with warehouse.workspace() as folder, duckdb.connect(config={"temp_directory": str(folder)}) as database:
             database.register("rows", rows)
-            database.execute(LOAD.format(column=columns[0], usable=usable))
+            database.execute(LOAD.format(column=column, usable=usable))
             yield cls(database)
 
     def codes(self) -> tuple[Codes, int]:
@@ -85,7 +92,10 @@ class Members:
         return found["code"], int(np.count_nonzero(~found["is_new"]))
 
     def stored(self, near: tuple[Codes, Pairs] | None = None) -> pa.Table:
-        """Return all pairs that involve a new sample, in stored form; `near` are pairs of indices into codes."""
+        """Return all pairs that involve a new sample, in stored form; `near` are pairs of indices into codes.
+
+        A near pair at distance 0 makes one group of two, as equal codes do.
+        """
         if near is not None:
             codes, pairs = near
             table = pa.table([codes[pairs.left], codes[pairs.right], pairs.distance], names=["l", "r", "distance"])

@@ -32,6 +32,7 @@ SIGNALS = {
     "perceptual": {"phash": pa.uint64(), "flat": pa.bool_()},
     "clip": {"clip_score": pa.float32(), "image_embedding": pa.list_(pa.float16(), 2)},
     "nsfw": {"nsfw_score": pa.float32()},
+    "clusters": {"cluster": pa.int32(), "centroid_distance": pa.float32()},
 }
 """Columns of the signals, as the contracts between the parts name them."""
 
@@ -57,6 +58,8 @@ GOOD: dict[str, Any] = {
     "clip_score": 0.3,
     "image_embedding": [0.0, 1.0],
     "nsfw_score": 0.01,
+    "cluster": 0,
+    "centroid_distance": 0.3,
 }
 """A sample that passes every shipped policy; rows say only what differs."""
 

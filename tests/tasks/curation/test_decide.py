@@ -171,6 +171,40 @@ def test_preferences_decide_in_order_missing_values_lose_and_ties_go_to_the_smal
     assert kept(run(warehouse, [rows], a_policy, pairs)) == {"b", "d", "f", "g"}
 
 
+def test_the_three_rules_and_a_confirmation_reach_the_decisions_and_the_funnel(warehouse):
+    pairs = [
+        write_pairs(warehouse, "semantic", [("a", "b", 0.02), ("b", "c", 0.03), ("d", "e", 0.05)]),
+        write_pairs(warehouse, "perceptual", [("c", "d", 8), ("d", "e", 8)]),
+    ]
+    rows = {"a": {"clip_score": 0.5}, "b": {"clip_score": 0.4}, "c": {}, "d": {}, "e": {}}
+    texts = {}
+    expected = {"greedy": "acd", "official": "ad", "components": "ad"}
+    for rule, left in expected.items():
+        near = {"pairs": ["semantic"], "max_distance": 0.04, "rule": rule}
+        far = {"pairs": ["perceptual"], "max_distance": 10, "confirm": 0.06}
+        a_policy = policy(duplicates={"near": near, "far": far}, prefer=["clip_score desc"])
+        result = run(warehouse, [rows], a_policy, pairs)
+        assert kept(result) == set(left), rule
+        stages = Funnel.from_dict(read_record(warehouse, result[1].ref.record).result).duplicates
+        texts[rule] = [stage.rule for stage in stages]
+    assert texts["greedy"] == ["semantic within 0.04", "perceptual within 10, embeddings within 0.06"]
+    assert texts["official"][0] == "semantic within 0.04, official"
+
+
+def test_the_least_typical_of_its_cluster_survives_where_hard_ones_are_preferred(warehouse):
+    pairs = [write_pairs(warehouse, "semantic", [("a", "b", 0.02), ("b", "c", 0.02), ("a", "c", 0.02)])]
+    rows = {"a": {"centroid_distance": 0.2}, "b": {"centroid_distance": 0.5}, "c": {"centroid_distance": 0.1}}
+    rules = {"near": {"pairs": ["semantic"], "max_distance": 0.04}}
+    assert kept(run(warehouse, [rows], policy(duplicates=rules, prefer=["hard"]), pairs)) == {"b"}
+    assert kept(run(warehouse, [rows], policy(duplicates=rules, prefer=["easy"]), pairs)) == {"c"}
+
+
+def test_a_confirmation_without_semantic_pairs_is_refused(warehouse):
+    far = {"pairs": ["perceptual"], "max_distance": 10, "confirm": 0.06}
+    with pytest.raises(PolicyError, match=r'"far" needs pairs of kind semantic, .* Kinds at hand: perceptual'):
+        run(warehouse, [{"a": {}}], policy(duplicates={"far": far}), [write_pairs(warehouse, "perceptual", [])])
+
+
 def test_pairs_with_samples_of_no_shard_join_but_do_not_count(warehouse):
     # the pool was read before "x" came: a and b are equal through it, and x itself can't stand for anyone
     pairs = [write_pairs(warehouse, "bytes", [("a", "x", 0), ("b", "x", 0)])]

@@ -177,3 +177,39 @@ def test_a_policy_can_be_a_form():
 def test_check_takes_any_columns():
     policy = Policy.model_validate({"name": "p", "conditions": {"sharp": "blur < 3", "free": "url is null"}})
     assert policy.check(pa.schema([("blur", pa.float32())])).columns == {"blur", "url"}
+
+
+def test_the_reach_is_the_largest_distance_asked_of_each_kind():
+    rules = {
+        "exact": ["bytes", "perceptual"],
+        "near": {"pairs": ["perceptual"], "max_distance": 4},
+        "far": {"pairs": ["perceptual"], "max_distance": "$far", "confirm": 0.05},
+        "same": {"pairs": ["semantic"], "max_distance": 0.03, "rule": "official"},
+    }
+    policy = Policy.model_validate({"name": "p", "duplicates": rules, "parameters": {"far": 10}})
+    assert policy.reach() == {"bytes": 0, "perceptual": 10, "semantic": 0.05}
+    checked = policy.check(SCHEMA)
+    assert (checked.distances, checked.confirmations) == ((0, 4, 10, 0.03), (None, None, 0.05, None))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"pairs": ["semantic", "perceptual"]}, "near: semantic distances are 1 - cosine and perceptual ones are bits"),
+        ({"pairs": ["semantic"], "confirm": 0.1}, "near: semantic pairs can't confirm themselves"),
+        ({"pairs": ["bytes"], "rule": "semdedup"}, "near.rule: Input should be 'greedy', 'official' or 'components'"),
+        ({"pairs": ["bytes"], "confirm": "near"}, "near.confirm.*'near' is neither a number nor a \\$parameter"),
+    ],
+)
+def test_duplicate_rules_that_make_no_sense_are_refused(tmp_path, rule, message):
+    with pytest.raises(PolicyError, match=message):
+        read(tmp_path, json.dumps({"name": "p", "duplicates": {"near": rule}}))
+
+
+@pytest.mark.parametrize(
+    ("word", "sql", "descending"),
+    [("hard", "centroid_distance", True), ("easy", "centroid_distance", False), ("random", "md5(key)", False)],
+)
+def test_semdedups_words_are_preferences(word, sql, descending):
+    checked = Policy.model_validate({"name": "p", "prefer": [word]}).check(SCHEMA)
+    assert ([e.sql for e in checked.prefer], checked.descending) == ([sql], (descending,))

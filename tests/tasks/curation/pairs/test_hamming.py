@@ -1,14 +1,13 @@
 """Hamming pairs against comparing every two codes."""
 
-import tracemalloc
-
 import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.curation.pairs import hamming, keys
+from tasks.curation.pairs import bands
+from tasks.curation.pairs.bands import band_allowances
 from tasks.curation.pairs.hamming import TooManyPairsError, hamming_pairs
 
 
@@ -40,9 +39,9 @@ def random(rng):
     return rng.integers(0, 2**64, 1500, np.uint64)
 
 
-def planted(rng):
+def planted(rng, flips=6):
     codes = rng.integers(0, 2**64, 700, np.uint64)
-    return rng.permutation(np.concatenate([codes, flipped(rng, codes, 6), codes[:50]]))
+    return rng.permutation(np.concatenate([codes, flipped(rng, codes, flips), codes[:50]]))
 
 
 def low_entropy(rng):
@@ -93,20 +92,28 @@ def test_new_against_all_finds_the_pairs_that_end_in_a_new_code(draw, max_distan
         assert_exact(codes, max_distance, new_from)
 
 
-@pytest.mark.parametrize("blocks", range(4, 11))
+@pytest.mark.parametrize("max_distance", range(11))
 @pytest.mark.parametrize("new_from", [0, 1000, 1440, 1445])
-def test_any_number_of_blocks_and_any_size_of_parts_gives_the_same_pairs(monkeypatch, blocks, new_from):
-    codes = planted(np.random.default_rng(2))
-    monkeypatch.setattr(hamming, "choose_blocks", lambda *_, **__: blocks)
-    for module, name, value in (
-        (keys, "CHUNK", 100),
-        (keys, "FILTER_BITS", 12),
-        (hamming, "CANDIDATES", 7),
-        (hamming, "LONG_RUN", 3),
-        (hamming, "TILE", 50),
-    ):
-        monkeypatch.setattr(module, name, value)
-    assert_exact(codes, 4, new_from)
+def test_codes_that_are_compared_by_bands_give_the_same_pairs_at_every_distance(monkeypatch, max_distance, new_from):
+    monkeypatch.setattr(bands, "FEW", 0)
+    codes = planted(np.random.default_rng(2), flips=12)
+    assert assert_exact(codes, max_distance, new_from) > 0
+
+
+@pytest.mark.parametrize("max_distance", [4, 7, 10])
+@pytest.mark.parametrize("draw", [low_entropy, correlated, one_dense_cluster, all_equal], ids=lambda f: f.__name__)
+def test_codes_whose_bits_depend_on_each_other_are_compared_by_bands_exactly(monkeypatch, draw, max_distance):
+    monkeypatch.setattr(bands, "FEW", 0)
+    assert assert_exact(draw(np.random.default_rng(3)), max_distance) > 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 64), st.lists(st.integers(0, 16), min_size=4, max_size=4))
+def test_a_near_pair_is_near_in_some_band_and_with_less_allowance_would_not_be(max_distance, differing):
+    allowances = band_allowances(max_distance)
+    if sum(differing) <= max_distance:
+        assert any(bits <= allowance for bits, allowance in zip(differing, allowances, strict=True))
+    assert sum(allowance + 1 for allowance in allowances) == max_distance + 1
 
 
 @settings(max_examples=150, deadline=None)
@@ -126,34 +133,23 @@ def test_codes_around_a_few_centres_are_paired_exactly(centres, flips, max_dista
     assert_exact(codes, max_distance, new_from)
 
 
-def test_thirty_thousand_codes_pair_as_in_faiss():
-    rng = np.random.default_rng(4)
-    codes = rng.integers(0, 2**64, 20_000, np.uint64)
-    codes = np.concatenate([codes, flipped(rng, codes[:10_000], 5)])
+def faiss_pairs(codes, max_distance):
     index = faiss.IndexBinaryFlat(64)
     packed = codes.view(np.uint8).reshape(-1, 8)
     index.add(packed)
-    limits, distances, neighbours = index.range_search(packed, 5)  # faiss means less than 5
+    limits, _, neighbours = index.range_search(packed, max_distance + 1)  # faiss means less than
     rows = np.repeat(np.arange(len(codes)), np.diff(limits.astype(np.int64)))
     upper = rows < neighbours
-    expected = set(
-        zip(rows[upper].tolist(), neighbours[upper].tolist(), distances[upper].astype(int).tolist(), strict=True)
-    )
-    left, right, distance = hamming_pairs(codes)
-    assert len(expected) > 8_000
-    assert len(left) == len(expected)
-    assert set(zip(left.tolist(), right.tolist(), distance.tolist(), strict=True)) == expected
+    return set(zip(rows[upper].tolist(), neighbours[upper].tolist(), strict=True))
 
 
-def test_memory_does_not_grow_with_the_codes_compared(monkeypatch):
-    # no key at all: 50 million comparisons, of 8 bytes each
-    monkeypatch.setattr(hamming, "choose_blocks", lambda *_, **__: 2)
-    codes = np.random.default_rng(5).integers(0, 2**64, 10_000, np.uint64)
-    tracemalloc.start()
-    hamming_pairs(codes, max_distance=2)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20e6
+def test_codes_beyond_the_number_compared_with_all_pair_as_in_faiss_at_every_distance_to_10():
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 2**64, bands.FEW, np.uint64)
+    codes = np.concatenate([codes, flipped(rng, codes[:4_000], 14)])
+    for max_distance in range(5, 11):
+        left, right, _ = hamming_pairs(codes, max_distance=max_distance)
+        assert set(zip(left.tolist(), right.tolist(), strict=True)) == faiss_pairs(codes, max_distance), max_distance
 
 
 def test_of_a_million_random_codes_only_the_planted_pairs_are_near():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from storage.refs import PoolRef, ShardRef, SignalRef
@@ -10,6 +11,7 @@ from storage.warehouse import Warehouse
 
 PERCEPTUAL = SignalRef("perceptual", "p1")
 EXACT = SignalRef("exact", "e1")
+CLIP = SignalRef("clip", "c1")
 
 
 def perceptual_shard(
@@ -27,6 +29,15 @@ def exact_shard(warehouse: Warehouse, name: str, hashes: Mapping[str, tuple[str 
         for place, column in enumerate(["bytes_hash", "pixels_hash"])
     }
     return _shard(warehouse, EXACT, name, list(hashes), columns)
+
+
+def clip_shard(
+    warehouse: Warehouse, name: str, vectors: Mapping[str, Sequence[float] | np.ndarray | None], *, size: int
+) -> ShardRef:
+    """Write the clip signal of one shard: each sample's embedding of `size` numbers, kept as float16."""
+    rows = [None if vector is None else list(np.asarray(vector, np.float16)) for vector in vectors.values()]
+    kind = pa.list_(pa.field("element", pa.float16()), size)
+    return _shard(warehouse, CLIP, name, list(vectors), {"image_embedding": (rows, kind)})
 
 
 def pool(*shards: ShardRef) -> PoolRef:

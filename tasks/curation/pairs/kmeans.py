@@ -1,0 +1,89 @@
+"""Spherical k-means in torch, on the GPU if there is one: centroids of directions, and those nearest to each embedding.
+
+As in faiss, which SemDeDup uses: random samples to begin with, a few hundred samples a cluster to train on. 20 rounds
+in place of the paper's 100, as later ones move few samples.
+"""
+
+from math import isqrt
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tasks.curation.pairs.blocks import device, directions, each
+from tasks.curation.pairs.embeddings import Vectors
+
+FEW = 20_000
+"""Samples up to which one cluster holds all, so that every two are compared."""
+SAMPLED = 256
+"""Samples a cluster to train on, at most; faiss's own limit too."""
+MOST_CLUSTERS = 4_096
+"""Clusters at most: training takes time with their square."""
+ROUNDS, SEED = 20, 1234
+PROBES = 3
+"""Clusters that an embedding may be compared with: its own and the next nearest ones."""
+MARGIN = 0.1
+"""How much less near than its own a cluster may be (difference of cosines) for an embedding to be compared with it.
+
+Two near embeddings lie in different clusters if the border runs between them, so both are close to the border.
+"""
+BLOCK = 2_048
+
+Centroids = NDArray[np.float32]
+
+
+class Nearest(NamedTuple):
+    """The clusters near each embedding: the nearest, its distance (1 - cosine), and others within `MARGIN`, else -1."""
+
+    own: NDArray[np.int32]
+    distance: NDArray[np.float32]
+    others: NDArray[np.int32]
+
+
+def cluster_count(samples: int) -> int:
+    """Return into how many clusters to cut so many samples: about the square root of their number."""
+    return 1 if samples <= FEW else min(isqrt(samples), MOST_CLUSTERS)
+
+
+def train(sample: Vectors, clusters: int) -> Centroids:
+    """Return the centroids of a sample of embeddings, (clusters, size), of length 1; fewer if there are fewer samples.
+
+    The same sample gives the same centroids on one machine, up to the order of sums in its threads.
+    """
+    if not len(sample):
+        return np.zeros((1, sample.shape[1]), np.float32)
+    draw = torch.Generator().manual_seed(SEED)
+    points = directions(sample)
+    centroids = points[torch.randperm(len(points), generator=draw)[:clusters]]
+
+    def nearest(block: torch.Tensor) -> torch.Tensor:
+        return (block @ centroids.T).max(dim=1).indices
+
+    for _ in range(ROUNDS):
+        sums, sizes = torch.zeros_like(centroids), torch.zeros(len(centroids), device=centroids.device)
+        blocks = points.split(BLOCK)
+        for block, own in zip(blocks, each(nearest, blocks), strict=True):
+            sums.index_add_(0, own, block)
+            sizes += torch.bincount(own, minlength=len(centroids))
+        empty = (sizes == 0).nonzero().flatten()
+        sums[empty] = points[torch.randint(len(points), (len(empty),), generator=draw)]
+        centroids = torch.nn.functional.normalize(sums, dim=1)
+    return np.asarray(centroids.cpu().numpy(), np.float32)
+
+
+def find_nearest(vectors: Vectors, centroids: Centroids) -> Nearest:
+    """Return the clusters near each embedding, up to `PROBES` of them with its own."""
+    targets = torch.tensor(centroids, device=device()).T
+    count = min(PROBES, len(centroids))
+
+    def nearest(start: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        best = torch.topk(directions(vectors[start : start + BLOCK]) @ targets, count)
+        return best.values.cpu().numpy(), best.indices.int().cpu().numpy()
+
+    cosines, places = np.empty((len(vectors), count), np.float32), np.empty((len(vectors), count), np.int32)
+    starts = range(0, len(vectors), BLOCK)
+    for start, found in zip(starts, each(nearest, starts), strict=True):
+        cosines[start : start + BLOCK], places[start : start + BLOCK] = found
+    places[cosines < cosines[:, :1] - np.float32(MARGIN)] = -1
+    return Nearest(places[:, 0], 1 - cosines[:, 0], places[:, 1:])
