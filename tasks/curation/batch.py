@@ -53,13 +53,15 @@ class Batch:
 
     `images` are the original bytes and `headers` what they say, None where there are none or they can't be read; both
     are empty if only captions were read. `views` are what the signal's own `view` kept of each image, None where it
-    can't be decoded.
+    can't be decoded. For a signal with a `source`, `measured` has the source's columns; captions are null then, and
+    the rest is empty.
     """
 
     captions: pa.StringArray
     images: Sequence[bytes | None] = ()
     headers: Sequence[Header | None] = ()
     views: Sequence[Any] = ()
+    measured: pa.RecordBatch | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
