@@ -181,7 +181,13 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:28} {value:,.4g}" if isinstance(value, float) else f"{name:28} {value}")
     if not args.tiny:
-        record("gpu_qlora", figures, device=trained["device"], layers=args.layers, recipe=recipe.model_dump(exclude={"base_model"}))
+        record(
+            "gpu_qlora",
+            figures,
+            device=trained["device"],
+            layers=args.layers,
+            recipe=recipe.model_dump(exclude={"base_model"}),
+        )
 
 
 if __name__ == "__main__":
