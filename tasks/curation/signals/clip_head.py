@@ -1,4 +1,4 @@
-"""What the signals that are a head on CLIP's image embedding have in common: one number an image, without its pixels."""
+"""What signals that are a head on CLIP's image embedding have in common: a number an image, without its pixels."""
 
 import importlib
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ EMBEDDING_SIZE = 768
 
 @dataclass(frozen=True)
 class ClipHead(Signal):
-    """A head on the stored embeddings of `clip`, which must be those of OpenAI's ViT-L/14: no other fits its weights."""
+    """A head on the stored embeddings of `clip`, which must be OpenAI's ViT-L/14: no other fits the weights."""
 
     clip: Clip
     weights: PinnedFile

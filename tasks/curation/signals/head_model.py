@@ -18,7 +18,7 @@ _loading = threading.Lock()
 
 
 class AestheticHead(nn.Module):
-    """LAION's aesthetic predictor (`sac+logos+ava1-l14-linearMSE.pth`): linear layers, with dropout only in training."""
+    """LAION's aesthetic predictor (`sac+logos+ava1-l14-linearMSE.pth`): linear layers, dropout only in training."""
 
     def __init__(self) -> None:
         super().__init__()
