@@ -77,7 +77,7 @@ class Cluster(Signal):
         )
 
     def _arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        return _read(self.centroids.path()), _read(self.wanted.path())
+        return _read(self.centroids.path(), self.centroids.sha256), _read(self.wanted.path(), self.wanted.sha256)
 
 
 def nearest(embeddings: npt.NDArray[np.float32], centroids: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.int32]:
@@ -89,7 +89,8 @@ def nearest(embeddings: npt.NDArray[np.float32], centroids: npt.NDArray[np.float
 
 
 @cache
-def _read(path: Path) -> npt.NDArray[Any]:
+def _read(path: Path, sha256: str) -> npt.NDArray[Any]:
+    """Read an array once a process; the checksum, already found right, tells files that came to lie there apart."""
     try:
         return np.asarray(np.load(path, allow_pickle=False))
     except (ValueError, EOFError) as error:
