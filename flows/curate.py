@@ -46,6 +46,7 @@ def curate(
     policy_parameters: dict[str, float | str] | None = None,
     signals: SignalSettings = SignalSettings(),
     warehouse: str = "warehouse",
+    blur_faces: bool = False,
 ) -> SnapshotRef:
     """Sieve a pool of image-caption pairs and publish what passes as the dataset's next snapshot.
 
@@ -58,17 +59,22 @@ def curate(
         policy_parameters: Values for the policy's parameters, in place of those in the file.
         signals: What to measure and with which models.
         warehouse: Folder or URL of the warehouse.
+        blur_faces: Publish images with the faces in them blurred; `faces` must be among the signals to measure.
     """
     store = Warehouse(warehouse)
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
+    if blur_faces and "faces" not in signals.measure:
+        raise ValueError("blur_faces needs to know where faces are. Add faces to the signals to measure.")
     rules.check(pa.schema([column for signal in measures for column in signal.columns]))
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
     evidence = score_pool(samples, measures, warehouse=store)
     pairs = pair_pool(samples, evidence, rules, warehouse=store)
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
-    snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
+    snapshot = publish.submit(
+        dataset, samples, decisions, rules, evidence, pairs, warehouse=store, blur_faces=blur_faces
+    ).result()
     announce(snapshot, warehouse=store)
     return snapshot
 
@@ -118,9 +124,12 @@ def publish(
     pairs: list[PairsRef],
     *,
     warehouse: Warehouse,
+    blur_faces: bool,
 ) -> Outcome[SnapshotRef]:
     """Publish what was kept as the dataset's next snapshot."""
-    outcome = publishing.publish(dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse)
+    outcome = publishing.publish(
+        dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse, blur_faces=blur_faces
+    )
     write_catalog(warehouse)
     if not outcome.cached:
         emit_event(

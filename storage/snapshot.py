@@ -32,6 +32,7 @@ class Draft:
 
     `policy` is the whole policy, `signals` maps a signal's name to its fingerprint, `pairs` a kind to its own,
     `funnel` holds what each condition and rule took away, `counts` the same and the splits by flat names.
+    `blur_faces` says that faces are blurred in the published images.
     """
 
     pool: str
@@ -44,6 +45,7 @@ class Draft:
     holdout: FileEntry | None
     counts: Mapping[str, int]
     funnel: Mapping[str, Any] = field(default_factory=dict)
+    blur_faces: bool = False
 
     @property
     def content(self) -> str:
