@@ -76,8 +76,8 @@ def _boxes(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     height, width, _ = rgb.shape
     scale = min(1.0, LONGER_SIDE / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    reduced = rgb if scale == 1 else cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
+    reduced = rgb if scale == 1 else np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
     found = face_detector.load()(reduced)[:, :4] / scale
     boxes = np.clip(np.round(found), 0, [width, height, width, height]).astype(np.int32)
-    boxes = boxes[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
-    return boxes[np.lexsort(boxes.T[::-1])]
+    inside: npt.NDArray[np.int32] = boxes[(boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])]
+    return inside[np.lexsort(inside.T[::-1])]

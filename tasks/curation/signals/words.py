@@ -86,8 +86,10 @@ def _share(words: list[str], listed: frozenset[str]) -> float:
 
 
 def _repetition(words: list[str]) -> float:
-    counts = Counter(tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))
-    return sum(count for count in counts.values() if count > 1) / max(1, counts.total())
+    ngrams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
+    if len(set(ngrams)) == len(ngrams):
+        return 0.0
+    return sum(count for count in Counter(ngrams).values() if count > 1) / len(ngrams)
 
 
 @cache
