@@ -15,6 +15,9 @@ from tasks.curation.signals.contract import Signal
 NGRAM = 10
 """Characters in a stretch whose repetition is counted."""
 
+_NOT_ALNUM = bytes(code for code in range(128) if not chr(code).isalnum())
+_NOT_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
+
 
 @dataclass(frozen=True)
 class Characters(Signal):
@@ -50,9 +53,12 @@ class Characters(Signal):
 
 
 def _ratios(caption: str) -> tuple[float, float, float]:
+    if caption.isascii():  # bytes are counted ten times faster
+        encoded = caption.encode()
+        alnum, letters = len(encoded.translate(None, _NOT_ALNUM)), len(encoded.translate(None, _NOT_LETTERS))
+    else:
+        alnum, letters = sum(map(str.isalnum, caption)), sum(map(is_letter, caption))
     length = max(1, len(caption))
-    alnum = sum(map(str.isalnum, caption))
-    letters = sum(map(is_letter, caption))
     return alnum / length, letters / length, _repetition(caption)
 
 
