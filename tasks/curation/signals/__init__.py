@@ -57,7 +57,8 @@ class SignalSettings(BaseModel):
 
     measure: tuple[SignalName, ...] = Field(
         default=("size", "caption", "characters", "words", "language", "exact", "perceptual", "clip", "nsfw"),
-        description="Signals to measure; a policy can only use the columns of these.",
+        description="Signals to measure; a policy can only use the columns of these. `faces` and `text_area` need the "
+        "extras faces and ocr, the last three a file below.",
     )
     clip_model: str = Field(
         default="ViT-B-32",
