@@ -6,8 +6,8 @@ All three look at the same 640 x 480 JPEGs, noise with the spectrum of photograp
 round runs them one after another, and the ratios reported are medians over the rounds, so that what else the machine
 does meanwhile weighs on all three.
 
-- `score`: `score_shard` for size, caption, language, exact and perceptual, from a shard in a warehouse on disk to the
-  five signals' tables in it, with `score_shard`'s own number of threads.
+- `score`: `score_shard` for size, caption, characters, words, language, exact and perceptual, from a shard in a
+  warehouse on disk to the seven signals' tables in it, with `score_shard`'s own number of threads.
 - `decode`: the same bytes, in memory, through `PIL.Image.open(...).load()`, with one thread a core.
 - `loop`: a row at a time in one process: sha256, size, Pillow, `imagehash.phash`, `ftlangdetect.detect`.
 """
@@ -152,7 +152,9 @@ def main() -> None:
     rows = samples(arguments.images)
     images = [row["image"]["bytes"] for row in rows]  # type: ignore[index]
     some = rows[: max(1, len(rows) // 5)]  # the loop is slow, and as fast a row for a fifth of them
-    signals = build_signals(SignalSettings(measure=("size", "caption", "language", "exact", "perceptual")))
+    signals = build_signals(
+        SignalSettings(measure=("size", "caption", "characters", "words", "language", "exact", "perceptual"))
+    )
     rates: dict[str, list[float]] = {"score": [], "decode": [], "loop": []}
     with tempfile.TemporaryDirectory() as folder:
         warehouse, shard = Warehouse(folder), ShardRef("benchmark", "photographs", len(rows))

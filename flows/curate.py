@@ -59,6 +59,7 @@ def curate(
     policy_parameters: dict[str, float | str] | None = None,
     signals: SignalSettings = SignalSettings(),
     warehouse: str = "warehouse",
+    blur_faces: bool = False,
 ) -> SnapshotRef:
     """Sieve a pool of image-caption pairs and publish what passes as the dataset's next snapshot.
 
@@ -71,10 +72,13 @@ def curate(
         policy_parameters: Values for the policy's parameters, in place of those in the file.
         signals: What to measure and with which models.
         warehouse: Folder or URL of the warehouse.
+        blur_faces: Publish images with the faces in them blurred; `faces` must be among the signals to measure.
     """
     store = Warehouse(warehouse)
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
+    if blur_faces and "faces" not in signals.measure:
+        raise ValueError("blur_faces needs to know where faces are. Add faces to the signals to measure.")
     check_policy(rules, measures)
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
@@ -82,7 +86,9 @@ def curate(
     evidence += cluster_pool(samples, evidence, rules, warehouse=store)
     pairs = pair_pool(samples, evidence, rules, warehouse=store)
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
-    snapshot = publish.submit(dataset, samples, decisions, rules, evidence, pairs, warehouse=store).result()
+    snapshot = publish.submit(
+        dataset, samples, decisions, rules, evidence, pairs, warehouse=store, blur_faces=blur_faces
+    ).result()
     compare.submit(snapshot, warehouse=store).result()
     page = report.submit(snapshot, warehouse=store).result()
     announce(snapshot, page, warehouse=store)
@@ -121,7 +127,9 @@ def pair(
     """Find duplicate pairs of one kind among the pool's samples."""
     signal = signals[MEASURED_BY[kind]]
     if kind == SEMANTIC:
-        return find_semantic_pairs(pool, signal, signals["clusters"], max_distance=max_distance, warehouse=warehouse)
+        return find_semantic_pairs(
+            pool, signal, signals["semantic_clusters"], max_distance=max_distance, warehouse=warehouse
+        )
     if kind == "perceptual":
         return find_perceptual_pairs(pool, signal, max_distance=ceil(max_distance), warehouse=warehouse)
     return find_exact_pairs(
@@ -147,9 +155,12 @@ def publish(
     pairs: list[PairsRef],
     *,
     warehouse: Warehouse,
+    blur_faces: bool,
 ) -> Outcome[SnapshotRef]:
     """Publish what was kept as the dataset's next snapshot."""
-    outcome = publishing.publish(dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse)
+    outcome = publishing.publish(
+        dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse, blur_faces=blur_faces
+    )
     if not outcome.cached:
         write_catalog(warehouse)
         emit_event(

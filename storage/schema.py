@@ -65,6 +65,9 @@ DECISIONS = pa.schema(
 
 SPLIT = column("split", pa.string(), "train, validation or test: a function of the duplicate group")
 
+FACES_BLURRED = column("faces_blurred", pa.int32(), "faces blurred in this copy; 0 if it has the original bytes")
+"""A column that curated shards begin with where faces are blurred; other columns describe the original image."""
+
 CURATED = SAMPLES.append(SPLIT)
 """Columns every curated shard begins with; the signals the snapshot was decided on follow (embeddings excepted)."""
 

@@ -33,6 +33,7 @@ class Draft:
     `policy` is the whole policy, `signals` maps a signal's name to its fingerprint, `pairs` a kind to its own,
     `published` is the table of every sample that this or an earlier snapshot of the dataset published, `funnel` holds
     what each condition and rule took away, `counts` the same and the splits by flat names.
+    `blur_faces` says that faces are blurred in the published images.
     """
 
     pool: str
@@ -45,6 +46,7 @@ class Draft:
     published: FileEntry | None
     counts: Mapping[str, int]
     funnel: Mapping[str, Any] = field(default_factory=dict)
+    blur_faces: bool = False
 
     @property
     def content(self) -> str:

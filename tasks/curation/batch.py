@@ -53,13 +53,15 @@ class Batch:
 
     `images` are the original bytes and `headers` what they say, None where there are none or they can't be read; both
     are empty if only captions were read. `views` are what the signal's own `view` kept of each image, None where it
-    can't be decoded.
+    can't be decoded. For a signal with a `source`, `measured` has the source's columns; captions are null then, and
+    the rest is empty.
     """
 
     captions: pa.StringArray
     images: Sequence[bytes | None] = ()
     headers: Sequence[Header | None] = ()
     views: Sequence[Any] = ()
+    measured: pa.RecordBatch | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -83,9 +85,32 @@ class ReadBatch:
 
 @dataclass
 class _Seen:
+    """What was made of one image; `views` has one entry a viewer, or none if there are no pixels."""
+
     header: Header | None = None
     views: list[Any] = field(default_factory=list)
     error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class _Started:
+    """Samples that were read and whose images are being looked at, a chunk of images a future."""
+
+    samples: pa.RecordBatch
+    images: list[bytes | None]
+    seen: list[Future[list[_Seen]]]
+
+    def finish(self, viewers: Sequence["Signal"]) -> ReadBatch:
+        """Wait for the images."""
+        seen = [one for chunk in self.seen for one in chunk.result()]
+        return ReadBatch(
+            sample_ids=self.samples.column("sample_id"),
+            captions=self.samples.column("caption"),
+            images=self.images,
+            headers=[one.header for one in seen],
+            views={viewer: [one.views[at] if one.views else None for one in seen] for at, viewer in enumerate(viewers)},
+            errors={row: one.error for row, one in enumerate(seen) if one.error is not None},
+        )
 
 
 def read_batches(
@@ -96,22 +121,20 @@ def read_batches(
     The images are not even read if no signal needs them. Only errors of decoding are kept; an error in a signal's
     `view` is raised.
     """
-    needs = max(signal.needs for signal in signals)
     viewers = [signal for signal in signals if signal.needs is Needs.PIXELS]
-    columns = ["sample_id", "caption", *(["image.bytes"] if needs else [])]
-    rows = min(rows, max(1, BATCH_BYTES // _row_bytes(parquet))) if needs else rows
-    waiting: deque[tuple[pa.RecordBatch, list[bytes | None], list[Future[list[_Seen]]]]] = deque()
+    columns = ["sample_id", "caption"]
+    if any(signal.needs is not Needs.NOTHING for signal in signals):
+        columns.append("image.bytes")
+        rows = min(rows, max(1, BATCH_BYTES // _row_bytes(parquet)))
+    started: deque[_Started] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for read in _rows_of(parquet, rows, columns):
-                images = read.column("image").field("bytes").to_pylist() if needs else []
-                chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-                futures = [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]
-                waiting.append((read.select(["sample_id", "caption"]), images, futures))
-                if len(waiting) > AHEAD:
-                    yield _assemble(*waiting.popleft(), viewers)
-            while waiting:
-                yield _assemble(*waiting.popleft(), viewers)
+                started.append(_start(read, viewers, pool))
+                if len(started) > AHEAD:
+                    yield started.popleft().finish(viewers)
+            while started:
+                yield started.popleft().finish(viewers)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -127,6 +150,14 @@ def _row_bytes(parquet: pq.ParquetFile) -> int:
     metadata = parquet.metadata
     total = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
     return max(1, int(total // max(1, metadata.num_rows)))
+
+
+def _start(read: pa.RecordBatch, viewers: Sequence["Signal"], pool: ThreadPoolExecutor) -> _Started:
+    """Take the images out of Arrow, so that its buffers can go, and hand them to the threads."""
+    images = read.column("image").field("bytes").to_pylist() if "image" in read.schema.names else []
+    chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
+    seen = [pool.submit(_look_at_all, chunk, viewers) for chunk in chunks]
+    return _Started(read.select(["sample_id", "caption"]), images, seen)
 
 
 def _look_at_all(images: Sequence[bytes | None], viewers: Sequence["Signal"]) -> list[_Seen]:
@@ -164,21 +195,3 @@ def _memory_for(header: Header) -> npt.NDArray[np.uint8]:
     if _memory.kept.size < size <= KEPT_BYTES:
         _memory.kept = np.empty(size, np.uint8)
     return _memory.kept[:size] if size <= KEPT_BYTES else np.empty(size, np.uint8)
-
-
-def _assemble(
-    read: pa.RecordBatch,
-    images: list[bytes | None],
-    futures: Sequence[Future[list[_Seen]]],
-    viewers: Sequence["Signal"],
-) -> ReadBatch:
-    seen = [one for future in futures for one in future.result()]
-    views = {viewer: [one.views[i] if one.views else None for one in seen] for i, viewer in enumerate(viewers)}
-    return ReadBatch(
-        sample_ids=read.column("sample_id"),
-        captions=read.column("caption"),
-        images=images,
-        headers=[one.header for one in seen],
-        views=views,
-        errors={row: one.error for row, one in enumerate(seen) if one.error is not None},
-    )

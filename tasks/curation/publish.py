@@ -37,16 +37,21 @@ def publish(
     pairs: Sequence[PairsRef],
     *,
     warehouse: Warehouse,
+    blur_faces: bool = False,
 ) -> Outcome[SnapshotRef]:
     """Publish what was decided as the next snapshot of `dataset`; cached if the latest one is the same.
 
     Curated shards hold the kept samples with their split and the signals' scalar columns. Samples that would have to
     change their split (see `assign_splits`) are left out, and say so in the published decisions: not kept, failed
-    `split_conflict`. May be called by several at once, and again after being killed.
+    `split_conflict`. With `blur_faces`, images in which the signal `faces` found any are published with these blurred
+    (see `face_blur`), and the column `faces_blurred` says how many; all other images keep their bytes, as the pool
+    does. May be called by several at once, and again after being killed.
 
-    Raises `EvidenceError` if the decisions were not made from these inputs.
+    Raises `EvidenceError` if the decisions were not made from these inputs, or faces are to be blurred that were not
+    looked for.
     """
     check_name(dataset, "dataset")
+    faces = _find_faces(signals) if blur_faces else None
     record = read_record(warehouse, decisions.record)
     if record is None or decisions != decisions_ref(pool, policy, signals, pairs):
         raise EvidenceError(
@@ -64,7 +69,7 @@ def publish(
         split = assign_splits(ids.filter(kept), evidence=evidence, published=published, splits=policy.splits)
         verdicts = _verdicts(pool, decided, kept, split)
         entries = (*parent.decisions, *parent.curated) if parent else ()
-        files = SnapshotFiles(dataset, columns, {entry.path: entry for entry in entries}, warehouse)
+        files = SnapshotFiles(dataset, columns, {entry.path: entry for entry in entries}, warehouse, faces)
         not_empty = [shard for shard in verdicts if shard.published]
         return Draft(
             pool=pool.name,
@@ -77,10 +82,18 @@ def publish(
             published=files.write_published(published, pa.table([ids.filter(kept), split], schema=PUBLISHED)),
             counts={**record.counts, **_split_counts(split)},
             funnel=record.result,
+            blur_faces=blur_faces,
         )
 
     with warehouse.locked(f"publish-{dataset}", shared=True):  # expiry must not remove files that this one shares
         return commit(warehouse, dataset, build)
+
+
+def _find_faces(signals: Sequence[SignalRef]) -> SignalRef:
+    for signal in signals:
+        if signal.signal == "faces":
+            return signal
+    raise EvidenceError("blur_faces needs the signal faces, which was not measured. Add faces to what is measured.")
 
 
 def _read_decisions(pool: PoolRef, decisions: DecisionsRef, warehouse: Warehouse) -> list[pa.Table]:

@@ -17,7 +17,7 @@ from storage.record import Record, write_record
 from storage.refs import Outcome, ShardRef, SignalRef
 from storage.warehouse import Warehouse
 from tasks.curation import batch
-from tasks.curation.batch import Needs, ReadBatch, read_batches
+from tasks.curation.batch import Batch, Needs, read_batches
 from tasks.curation.image_check import check_image
 from tasks.curation.signals.contract import Signal
 from tasks.curation.sources.contract import Reason, RowError
@@ -25,11 +25,14 @@ from tasks.curation.sources.contract import Reason, RowError
 CAPTION_ROWS = 8_192
 """Samples in a batch for signals that look at no image."""
 
+SOURCE_ROWS = 1_024
+"""Samples in a batch for signals that are measured from another's columns: embeddings are some kilobytes each."""
+
 Failure = tuple[bytes, Exception]
 """An image that can't be decoded, and why."""
 
 _MAX_DETAIL_CHARACTERS = 500
-_LIBRARIES = ("pillow", "simplejpeg", "scipy", "onnxruntime", "open_clip_torch", "torch")
+_LIBRARIES = ("pillow", "simplejpeg", "scipy", "onnxruntime", "open_clip_torch", "torch", "opencv-python-headless")
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ def score_shard(
     the same bytes on one machine, whichever signals were missing. Images that can't be decoded get nulls and a row in
     quarantine. `threads` decode while the models run; by default one more than there are usable cores, as now and then
     one waits for the interpreter. Raises `MissingWeights` if a signal's model can't be found, before anything is
-    measured.
+    measured, and `ValueError` if a signal's source is neither stored nor among `signals`.
     """
     refs = [signal.ref for signal in signals]
     missing = {ref: s for ref, s in zip(refs, signals, strict=True) if not warehouse.exists(ref.table(shard))}
@@ -54,12 +57,42 @@ def score_shard(
 
 
 def _measure(shard: ShardRef, missing: Mapping[SignalRef, Signal], warehouse: Warehouse, threads: int) -> None:
-    of_captions = {ref: signal for ref, signal in missing.items() if signal.needs is Needs.NOTHING}
-    of_images = {ref: signal for ref, signal in missing.items() if signal.needs is not Needs.NOTHING}
+    of_others = {ref: signal for ref, signal in missing.items() if signal.source is not None}
+    of_samples = {ref: signal for ref, signal in missing.items() if signal.source is None}
+    of_captions = {ref: signal for ref, signal in of_samples.items() if signal.needs is Needs.NOTHING}
+    of_images = {ref: signal for ref, signal in of_samples.items() if signal.needs is not Needs.NOTHING}
+    for signal in of_others.values():
+        _check_source(shard, signal, of_samples, warehouse)
     with ThreadPoolExecutor(1, thread_name_prefix="captions") as beside:
         captions = beside.submit(_pass, shard, of_captions, warehouse, threads, CAPTION_ROWS)
         _pass(shard, of_images, warehouse, threads, batch.ROWS)
         captions.result()
+    for ref, signal in of_others.items():
+        _measure_from_source(shard, ref, signal, warehouse)
+
+
+def _check_source(shard: ShardRef, signal: Signal, missing: Mapping[SignalRef, Signal], warehouse: Warehouse) -> None:
+    source = _source(signal)
+    if source not in missing and not warehouse.exists(source.table(shard)):
+        raise ValueError(
+            f"signal {signal.name} is measured from {source.signal}, which is not measured for shard {shard.name} of "
+            f"pool {shard.pool}. Add {source.signal} with the same settings to the signals."
+        )
+
+
+def _source(signal: Signal) -> SignalRef:
+    assert signal.source is not None
+    return signal.source.ref
+
+
+def _measure_from_source(shard: ShardRef, ref: SignalRef, signal: Signal, warehouse: Warehouse) -> None:
+    """Write a signal's table from the stored one of its source, so that it is the same whenever it is measured."""
+    source = warehouse.read_table(_source(signal).table(shard)).combine_chunks()
+    rows = []
+    for part in source.to_batches(max_chunksize=SOURCE_ROWS):
+        samples = Batch(pa.nulls(len(part), pa.string()), measured=part.drop_columns("sample_id"))
+        rows.append(_table_rows(signal, part.column("sample_id"), samples))
+    _write(shard, ref, signal, rows, warehouse)
 
 
 def _pass(shard: ShardRef, missing: Mapping[SignalRef, Signal], warehouse: Warehouse, threads: int, rows: int) -> None:
@@ -71,29 +104,34 @@ def _pass(shard: ShardRef, missing: Mapping[SignalRef, Signal], warehouse: Wareh
     with warehouse.open_parquet(shard.path) as parquet:
         for read in read_batches(parquet, list(missing.values()), threads=threads, rows=rows):
             for ref, signal in missing.items():
-                measured[ref].append(_table_rows(signal, read))
+                measured[ref].append(_table_rows(signal, read.sample_ids, read.for_signal(signal)))
             for row, error in read.errors.items():
                 failed[read.sample_ids[row].as_py()] = (read.images[row] or b"", error)
     if failed and any(signal.needs is Needs.PIXELS for signal in missing.values()):
         _quarantine(shard, failed, warehouse)
     for ref, signal in missing.items():
-        _describe(ref, signal, warehouse)
-        table = pa.Table.from_batches(measured[ref], _table_schema(signal))
-        warehouse.write_table(ref.table(shard), table)
+        _write(shard, ref, signal, measured[ref], warehouse)
+
+
+def _write(
+    shard: ShardRef, ref: SignalRef, signal: Signal, rows: Sequence[pa.RecordBatch], warehouse: Warehouse
+) -> None:
+    _describe(ref, signal, warehouse)
+    warehouse.write_table(ref.table(shard), pa.Table.from_batches(rows, _table_schema(signal)))
 
 
 def _table_schema(signal: Signal) -> pa.Schema:
     return pa.schema([schema.SAMPLE_ID, *signal.columns])
 
 
-def _table_rows(signal: Signal, read: ReadBatch) -> pa.RecordBatch:
-    columns = signal.measure(read.for_signal(signal))
-    if columns.schema != signal.columns or columns.num_rows != len(read.sample_ids):
+def _table_rows(signal: Signal, sample_ids: pa.StringArray, samples: Batch) -> pa.RecordBatch:
+    columns = signal.measure(samples)
+    if columns.schema != signal.columns or columns.num_rows != len(sample_ids):
         raise TypeError(
             f"{type(signal).__name__}.measure returned {columns.num_rows} rows of\n{columns.schema}\nfor "
-            f"{len(read.sample_ids)} samples of\n{signal.columns}\nReturn one row a sample with the signal's columns."
+            f"{len(sample_ids)} samples of\n{signal.columns}\nReturn one row a sample with the signal's columns."
         )
-    return pa.record_batch([read.sample_ids, *columns.columns], schema=_table_schema(signal))
+    return pa.record_batch([sample_ids, *columns.columns], schema=_table_schema(signal))
 
 
 def _describe(ref: SignalRef, signal: Signal, warehouse: Warehouse) -> None:

@@ -10,10 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from storage.fingerprint import file_digest, fingerprint
-from storage.refs import ShardRef
-from storage.schema import CURATED, SAMPLES, SPLIT
+from storage.refs import ShardRef, SignalRef
+from storage.schema import CURATED, FACES_BLURRED, SAMPLES, SPLIT
 from storage.snapshot import FileEntry
 from storage.warehouse import ROW_GROUP_BYTES, Warehouse
+from tasks.curation import face_blur
 from tasks.curation.columns import Columns
 
 VERSION = 1
@@ -35,12 +36,17 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class SnapshotFiles:
-    """Writes a dataset's files. `known` has the parent snapshot's entries by path, which need no second look."""
+    """Writes a dataset's files.
+
+    `known` has the parent snapshot's entries by path, which need no second look; `faces` is the signal that says where
+    there are faces to blur, None to leave images as they are.
+    """
 
     dataset: str
     columns: Columns
     known: Mapping[str, FileEntry]
     warehouse: Warehouse
+    faces: SignalRef | None = None
 
     def write_decisions(self, verdicts: Verdicts) -> FileEntry:
         """Write the decisions on one shard."""
@@ -58,7 +64,8 @@ class SnapshotFiles:
         shard = verdicts.shard
         published = verdicts.decisions["sample_id"].filter(verdicts.split.is_valid())
         signals = [[signal.signal, signal.fingerprint] for signal in self.columns.by_signal]
-        identity = fingerprint([VERSION, shard.name, signals, _digest(published, verdicts.split.drop_null())])
+        blurred = [face_blur.VERSION, self.faces.fingerprint] if self.faces else []
+        identity = fingerprint([VERSION, shard.name, signals, *blurred, _digest(published, verdicts.split.drop_null())])
         path = f"snapshots/{self.dataset}/curated/{identity}.parquet"
         if not self._is_there(path):
             with self.warehouse.building(path) as temporary:
@@ -80,11 +87,15 @@ class SnapshotFiles:
 
     def _fill_curated(self, target: Path, verdicts: Verdicts) -> None:
         """Copy the published rows, one row group of the shard in memory at a time."""
-        schema = pa.schema([*CURATED, *self.columns.schema])
+        schema = pa.schema([*CURATED, *([FACES_BLURRED] if self.faces else []), *self.columns.schema])
         measured = self.columns.read(verdicts.shard, self.columns.schema.names, warehouse=self.warehouse)
         extra = measured.drop_columns("sample_id").add_column(0, SPLIT, verdicts.split)
+        if self.faces:
+            boxes = self.warehouse.read_table(self.faces.table(verdicts.shard), ["face_boxes"])
+            extra = extra.append_column("face_boxes", boxes["face_boxes"])
         with pq.ParquetWriter(target, schema, compression="zstd", write_page_index=True) as writer:
             for rows in self._published_rows(verdicts.shard, extra):
+                rows = _with_faces_blurred(rows) if self.faces else rows
                 writer.write_table(rows.select(schema.names).cast(schema), row_group_size=len(rows))
 
     def _published_rows(self, shard: ShardRef, extra: pa.Table) -> Iterator[pa.Table]:
@@ -114,6 +125,18 @@ class SnapshotFiles:
         with self.warehouse.downloaded(path) as file:
             rows = pq.read_metadata(file).num_rows
             return FileEntry(path, rows, file.stat().st_size, file_digest(file), pool_shard)
+
+
+def _with_faces_blurred(rows: pa.Table) -> pa.Table:
+    """The rows with the images that have `face_boxes` replaced, and the number of these in `faces_blurred`."""
+    boxes = [found or [] for found in rows["face_boxes"].to_pylist()]
+    images = [
+        {**image, "bytes": face_blur.blur_faces(image["bytes"], found)} if found else image
+        for image, found in zip(rows["image"].to_pylist(), boxes, strict=True)
+    ]
+    at = rows.schema.get_field_index("image")
+    rows = rows.set_column(at, SAMPLES.field("image"), pa.array(images, SAMPLES.field("image").type))
+    return rows.append_column(FACES_BLURRED, pa.array([len(found) for found in boxes], pa.int32()))
 
 
 def _digest(*columns: pa.ChunkedArray | pa.Array) -> str:

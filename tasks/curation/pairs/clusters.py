@@ -24,7 +24,7 @@ GROWTH = 4
 
 COLUMNS = pa.schema(
     [
-        column("cluster", pa.int32(), "number of the nearest centroid; null without an embedding"),
+        column("semantic_cluster", pa.int32(), "number of the nearest centroid; null without an embedding"),
         column("centroid_distance", pa.float32(), "1 - cosine of image embedding and its centroid; large is unusual"),
     ]
 )
@@ -67,7 +67,7 @@ def cluster_embeddings(pool: PoolRef, signal: SignalRef, *, warehouse: Warehouse
         write_record(
             warehouse, f"{folder}/{identity}.json", Record("train centroids", identity, config, inputs, counts)
         )
-    ref = SignalRef("clusters", identity)
+    ref = SignalRef("semantic_clusters", identity)
     missing = [shard for shard in pool.shards if not warehouse.exists(ref.table(shard))]
     if missing:
         stored = warehouse.read_table(_path(folder, identity))["centroid"].combine_chunks()

@@ -69,7 +69,7 @@ def _near(found: Collection, first: Indices, known: int, clusters: pa.Table, max
     """Return the near pairs of different embeddings, of which `first` are the places."""
     cosine: Any = importlib.import_module("tasks.curation.pairs.cosine")  # torch takes seconds
     rows = np.flatnonzero(found.usable)[first]
-    own = np.asarray(clusters["cluster"].take(pa.array(rows)), np.int32)
+    own = np.asarray(clusters["semantic_cluster"].take(pa.array(rows)), np.int32)
     lists = clusters["other_clusters"].take(pa.array(rows)).combine_chunks()
     counts = np.diff(np.asarray(lists.offsets))
     others = np.full((len(rows), counts.max(initial=0)), -1, np.int32)
@@ -107,5 +107,5 @@ def _read_clusters(clusters: SignalRef, shards: Sequence[ShardRef], warehouse: W
                 f"{clusters.table(shard)} is not there, so semantic pairs can't be looked for. "
                 "Call cluster_embeddings for the pool first."
             )
-    names = ["cluster", "other_clusters"]
+    names = ["semantic_cluster", "other_clusters"]
     return pa.concat_tables([warehouse.read_table(clusters.table(shard), names) for shard in shards])

@@ -91,6 +91,16 @@ class Clip(Signal):
         return clip_model.load(self.checkpoint)
 
 
+def stored_embeddings(measured: pa.RecordBatch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Return the image embeddings among a stored table's columns, and which rows have one.
+
+    The embeddings are float32 of shape (rows that have one, embedding size), the mask bool of shape (rows,).
+    """
+    column = measured.column("image_embedding")
+    vectors = column.flatten().to_numpy(zero_copy_only=False)  # skips nulls
+    return vectors.astype(np.float32).reshape(-1, column.type.list_size), np.asarray(column.is_valid())
+
+
 def _vectors(values: npt.NDArray[np.float32], present: npt.NDArray[np.bool_]) -> pa.FixedSizeListArray:
     flat = pa.array(values.astype(np.float16).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, type=_embedding_type(values.shape[1]), mask=pa.array(~present))

@@ -37,6 +37,14 @@ class Signal(ABC):
     needs: ClassVar[Needs]
 
     @property
+    def source(self) -> "Signal | None":
+        """Another signal whose stored columns this one is measured from, such as CLIP's embeddings; None for most.
+
+        Such a signal needs nothing of the sample itself, so adding one reads no image again.
+        """
+        return None
+
+    @property
     @abstractmethod
     def columns(self) -> pa.Schema:
         """The columns measured, each described with its unit."""
@@ -63,6 +71,8 @@ class Signal(ABC):
         parameters = dict(self.parameters)
         if self.needs >= Needs.HEADER:
             parameters["decoding"] = decode.VERSION
+        if self.source is not None:
+            parameters["source"] = [self.source.name, self.source.ref.fingerprint]
         columns = {column.name: str(column.type) for column in self.columns}
         return {"name": self.name, "version": self.version, "parameters": parameters, "columns": columns}
 

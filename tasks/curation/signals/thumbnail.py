@@ -62,14 +62,17 @@ def _to_grey(rgb: Bytes, grey: Bytes) -> None:
 
 @njit(nogil=True, cache=True, fastmath=True)
 def _weigh(grey: Bytes, weights: Weights, result: Bytes) -> None:
-    """Write each row's weighted sums: output x weighs the inputs from `first[x]` on. Four rows share the weights."""
+    """Write each row's weighted sums: output x weighs the inputs from `first[x]` on.
+
+    Four rows are summed at once, so that each weight is loaded once for all of them.
+    """
     first, factors = weights
     height, width = grey.shape
     taps = factors.shape[1]
-    lines = np.zeros((4, width + taps))
+    lines = np.zeros((4, width + taps))  # as floats, and as far beyond the row as the padded weights reach
     totals = np.empty(4)
     for top in range(0, height, 4):
-        rows = min(4, height - top)  # of the last four some may be left over from those before; they aren't written
+        rows = min(4, height - top)  # at the end fewer: the other lines still hold earlier rows and aren't written
         for row in range(rows):
             for x in range(width):
                 lines[row, x] = grey[top + row, x]

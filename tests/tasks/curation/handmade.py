@@ -28,11 +28,19 @@ SIGNALS = {
         "caption_is_filename": pa.bool_(),
         "caption_is_boilerplate": pa.bool_(),
     },
+    "characters": {"alnum_ratio": pa.float32(), "letter_ratio": pa.float32(), "char_repetition": pa.float32()},
+    "words": {
+        "letter_words": pa.int32(),
+        "stop_word_ratio": pa.float32(),
+        "flagged_word_ratio": pa.float32(),
+        "word_repetition": pa.float32(),
+    },
     "language": {"language": pa.string(), "language_score": pa.float32()},
     "perceptual": {"phash": pa.uint64(), "flat": pa.bool_()},
     "clip": {"clip_score": pa.float32(), "image_embedding": pa.list_(pa.float16(), 2)},
     "nsfw": {"nsfw_score": pa.float32()},
-    "clusters": {"cluster": pa.int32(), "centroid_distance": pa.float32()},
+    "semantic_clusters": {"semantic_cluster": pa.int32(), "centroid_distance": pa.float32()},
+    "cluster": {"cluster": pa.int32(), "cluster_wanted": pa.bool_()},
 }
 """Columns of the signals, as the contracts between the parts name them."""
 
@@ -51,6 +59,13 @@ GOOD: dict[str, Any] = {
     "caption_is_url": False,
     "caption_is_filename": False,
     "caption_is_boilerplate": False,
+    "alnum_ratio": 0.8,
+    "letter_ratio": 0.8,
+    "char_repetition": 0.0,
+    "letter_words": 8,
+    "stop_word_ratio": 0.5,
+    "flagged_word_ratio": 0.0,
+    "word_repetition": 0.0,
     "language": "en",
     "language_score": 0.9,
     "phash": 0,
@@ -59,7 +74,9 @@ GOOD: dict[str, Any] = {
     "image_embedding": [0.0, 1.0],
     "nsfw_score": 0.01,
     "cluster": 0,
+    "semantic_cluster": 0,
     "centroid_distance": 0.3,
+    "cluster_wanted": True,
 }
 """A sample that passes every shipped policy; rows say only what differs."""
 

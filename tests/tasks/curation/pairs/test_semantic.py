@@ -95,7 +95,7 @@ def test_the_clusters_are_columns_a_policy_and_the_catalog_can_use(warehouse):
     shard = clip_shard(warehouse, "s", plane(a=0, b=40, c=None), size=2)
     ref = cluster_embeddings(pool(shard), CLIP, warehouse=warehouse).ref
     table = warehouse.read_table(ref.table(shard)).to_pylist()
-    assert [(row["sample_id"], row["cluster"], row["other_clusters"]) for row in table] == [
+    assert [(row["sample_id"], row["semantic_cluster"], row["other_clusters"]) for row in table] == [
         ("a", 0, []),
         ("b", 0, []),
         ("c", None, None),
