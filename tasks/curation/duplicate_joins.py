@@ -6,6 +6,7 @@ are found by group: samples joined at distance 0 within a kind are one group, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -48,11 +49,17 @@ class Evidence:
         """Return each sample's position in `ids`, or -1 for a sample that is not there."""
         return np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
 
-    def components(self) -> NDArray[np.int32]:
-        """Return for each of `ids` the position of the smallest id that pairs of any kind lead to, in any steps."""
-        left = np.concatenate([np.zeros(0, np.int32), *(edges.left for edges in self.kinds.values())])
-        right = np.concatenate([np.zeros(0, np.int32), *(edges.right for edges in self.kinds.values())])
-        labels = _connected(len(self.ids), left, right)
+    def components(self, reach: Mapping[str, float] = MappingProxyType({})) -> NDArray[np.int32]:
+        """Return for each of `ids` the position of the smallest id that pairs of any kind lead to, in any steps.
+
+        Of a kind in `reach`, only pairs up to that distance count.
+        """
+        left, right = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for kind, edges in self.kinds.items():
+            counts = edges.distance <= reach.get(kind, np.inf)
+            left.append(edges.left[counts])
+            right.append(edges.right[counts])
+        labels = _connected(len(self.ids), np.concatenate(left), np.concatenate(right))
         _, smallest = np.unique(labels, return_index=True)
         return smallest.astype(np.int32)[labels]
 

@@ -258,6 +258,12 @@ def test_components_lead_to_the_smallest_id_over_all_kinds():
     assert evidence.components().tolist() == [0, 1, 2, 1, 2, 1]
 
 
+def test_components_leave_out_pairs_beyond_a_kinds_reach():
+    evidence = evidence_of(5, {"semantic": [(0, 1, 0.01), (1, 2, 0.05)], "perceptual": [(3, 4, 9)]})
+    assert evidence.components({"semantic": 0.02}).tolist() == [0, 0, 2, 3, 3]
+    assert evidence.components({"perceptual": 4}).tolist() == [0, 0, 0, 3, 4]
+
+
 def pairs_of(warehouse: Warehouse, kind: str, *tables: list[tuple[str, str, float]]) -> PairsRef:
     paths = []
     for at, pairs in enumerate(tables):
