@@ -139,17 +139,18 @@ def join_by_rules(evidence: Evidence, rules: Sequence[Rule], candidates: NDArray
     for rule in rules:
         if rule.confirm is not None:
             edges = [_confirmed(evidence, kind, rule.max_distance, rule.confirm) for kind in rule.kinds]
+            reach = np.inf  # what is too far is left out already, and equal codes are at `SMALLEST`
         else:
-            edges = [evidence.kinds[kind] for kind in rule.kinds]
+            edges, reach = [evidence.kinds[kind] for kind in rule.kinds], rule.max_distance
         if rule.method == "components":
-            whole, link = _components(edges, rule.max_distance, candidates, count)
+            whole, link = _components(edges, reach, candidates, count)
             joined.append(Joined([Neighbours(whole, count)], 0, link.tolist()))
         elif rule.confirm is not None:
-            joined.append(Joined([Neighbours(one, count) for one in edges], rule.max_distance))
+            joined.append(Joined([Neighbours(one, count) for one in edges], reach))
         else:
             for kind in set(rule.kinds) - set(shared):
                 shared[kind] = Neighbours(evidence.kinds[kind], count)
-            joined.append(Joined([shared[kind] for kind in rule.kinds], rule.max_distance))
+            joined.append(Joined([shared[kind] for kind in rule.kinds], reach))
     return joined
 
 
