@@ -6,6 +6,7 @@ are found by group: samples joined at distance 0 within a kind are one group, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -48,11 +49,17 @@ class Evidence:
         """Return each sample's position in `ids`, or -1 for a sample that is not there."""
         return np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
 
-    def components(self) -> NDArray[np.int32]:
-        """Return for each of `ids` the position of the smallest id that pairs of any kind lead to, in any steps."""
-        left = np.concatenate([np.zeros(0, np.int32), *(edges.left for edges in self.kinds.values())])
-        right = np.concatenate([np.zeros(0, np.int32), *(edges.right for edges in self.kinds.values())])
-        labels = _connected(len(self.ids), left, right)
+    def components(self, reach: Mapping[str, float] = MappingProxyType({})) -> NDArray[np.int32]:
+        """Return for each of `ids` the position of the smallest id that pairs of any kind lead to, in any steps.
+
+        Of a kind in `reach`, only pairs up to that distance count.
+        """
+        left, right = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        for kind, edges in self.kinds.items():
+            counts = edges.distance <= reach.get(kind, np.inf)
+            left.append(edges.left[counts])
+            right.append(edges.right[counts])
+        labels = _connected(len(self.ids), np.concatenate(left), np.concatenate(right))
         _, smallest = np.unique(labels, return_index=True)
         return smallest.astype(np.int32)[labels]
 
@@ -132,17 +139,18 @@ def join_by_rules(evidence: Evidence, rules: Sequence[Rule], candidates: NDArray
     for rule in rules:
         if rule.confirm is not None:
             edges = [_confirmed(evidence, kind, rule.max_distance, rule.confirm) for kind in rule.kinds]
+            reach = np.inf  # what is too far is left out already, and equal codes are at `SMALLEST`
         else:
-            edges = [evidence.kinds[kind] for kind in rule.kinds]
+            edges, reach = [evidence.kinds[kind] for kind in rule.kinds], rule.max_distance
         if rule.method == "components":
-            whole, link = _components(edges, rule.max_distance, candidates, count)
+            whole, link = _components(edges, reach, candidates, count)
             joined.append(Joined([Neighbours(whole, count)], 0, link.tolist()))
         elif rule.confirm is not None:
-            joined.append(Joined([Neighbours(one, count) for one in edges], rule.max_distance))
+            joined.append(Joined([Neighbours(one, count) for one in edges], reach))
         else:
             for kind in set(rule.kinds) - set(shared):
                 shared[kind] = Neighbours(evidence.kinds[kind], count)
-            joined.append(Joined([shared[kind] for kind in rule.kinds], rule.max_distance))
+            joined.append(Joined([shared[kind] for kind in rule.kinds], reach))
     return joined
 
 
@@ -199,7 +207,7 @@ def _confirmed(evidence: Evidence, kind: str, max_distance: float, confirm: floa
     one, other = meaning[semantic.left[near]].astype(np.int64), meaning[semantic.right[near]].astype(np.int64)
     found = groups.expand(Pairs(one, other, semantic.distance[near]), CONFIRMED_PAIRS)
     distance = _distance_between(edges, label, cell_label[found.left], cell_label[found.right])
-    kept = distance <= max_distance
+    kept = distance <= max(max_distance, SMALLEST)
     others = np.flatnonzero(sample[cell_of] != np.arange(count))
     return Edges(
         np.concatenate([sample[cell_of][others], sample[found.left[kept]]]).astype(np.int32),

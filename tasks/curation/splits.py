@@ -1,7 +1,7 @@
 """Splits: which groups of duplicates are held out, the same for ever once a sample was published.
 
-A group is everything that pairs of any kind and distance connect, so near-duplicates never straddle a split, also
-where a policy keeps several of them.
+A group is everything that pairs of any kind connect, up to a distance at which they are near-duplicates without doubt,
+so these never straddle a split, also where a policy keeps several of them.
 """
 
 import hashlib
@@ -16,6 +16,9 @@ from tasks.curation.policy import Splits
 
 SPLITS = ("train", "validation", "test")
 """In order of strength: a group with members published in several splits belongs to the last of them."""
+
+REACH = {"perceptual": 4, "semantic": 0.01}
+"""Bits and 1 - cosine up to which pairs make groups: with all that are stored, chains would join half of a pool."""
 
 NONE = -1
 
@@ -61,7 +64,7 @@ def _groups(
     evidence: Evidence, published_ids: pa.ChunkedArray, before: NDArray[np.int32]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Each paired sample's component, and by component the strongest split any member was published in."""
-    component = evidence.components()
+    component = evidence.components(REACH)
     strongest = np.full(len(component), NONE, np.int32)
     position = evidence.find(published_ids)
     is_paired = position >= 0

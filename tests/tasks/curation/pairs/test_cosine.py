@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from tasks.curation.pairs import cosine
 from tasks.curation.pairs.cosine import Clustered, cosine_pairs
@@ -125,3 +126,13 @@ def test_no_embeddings_make_no_pairs():
 def test_distances_that_are_no_small_cosine_distance_are_refused(max_distance):
     with pytest.raises(ValueError, match="Use a number above 0 and below 1"):
         cosine_pairs(clustered(directions([0, 1])), max_distance=max_distance)
+
+
+def test_half_precision_as_on_a_gpu_gives_the_same_pairs(monkeypatch):
+    vectors = around(np.random.default_rng(5), 60, 8, 0.2, size=64)
+    exact = cosine_pairs(clustered(vectors), max_distance=0.1)
+    monkeypatch.setattr(cosine, "device", lambda: torch.device("cuda"))
+    found = cosine_pairs(clustered(vectors), max_distance=0.1)
+    np.testing.assert_array_equal(found.left, exact.left)
+    np.testing.assert_array_equal(found.right, exact.right)
+    np.testing.assert_allclose(found.distance, exact.distance, atol=1e-6)

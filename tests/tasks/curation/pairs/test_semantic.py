@@ -139,7 +139,7 @@ def test_near_embeddings_lie_in_each_others_clusters():
 def test_centroids_are_as_near_to_the_samples_as_faiss_finds_them():
     rng = np.random.default_rng(4)
     vectors = (rng.normal(size=(50, 32))[rng.integers(0, 50, 8000)] + rng.normal(size=(8000, 32))).astype(np.float16)
-    theirs = faiss.Kmeans(32, 60, niter=kmeans.ROUNDS, spherical=True, seed=1)
+    theirs = faiss.Kmeans(32, 60, niter=20, spherical=True, seed=1)
     unit = vectors.astype(np.float32) / np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True)
     theirs.train(unit)
     fit = (unit @ theirs.centroids.T).max(axis=1).mean()
