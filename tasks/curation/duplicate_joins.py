@@ -208,7 +208,7 @@ def _confirmed(evidence: Evidence, kind: str, max_distance: float, confirm: floa
     one, other = meaning[semantic.left[near]].astype(np.int64), meaning[semantic.right[near]].astype(np.int64)
     found = groups.expand(Pairs(one, other, semantic.distance[near]), CONFIRMED_PAIRS)
     distance = _distance_between(edges, label, cell_label[found.left], cell_label[found.right])
-    kept = distance <= max(max_distance, SMALLEST)
+    kept = distance <= max(max_distance, float(SMALLEST))
     others = np.flatnonzero(sample[cell_of] != np.arange(count))
     return Edges(
         np.concatenate([sample[cell_of][others], sample[found.left[kept]]]).astype(np.int32),
