@@ -4,6 +4,7 @@ Pairs are stored compactly: equal codes as a star, near codes as one edge betwee
 are found by group: samples joined at distance 0 within a kind are one group, and an edge joins whole groups.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -139,7 +140,7 @@ def join_by_rules(evidence: Evidence, rules: Sequence[Rule], candidates: NDArray
     for rule in rules:
         if rule.confirm is not None:
             edges = [_confirmed(evidence, kind, rule.max_distance, rule.confirm) for kind in rule.kinds]
-            reach = np.inf  # what is too far is left out already, and equal codes are at `SMALLEST`
+            reach = math.inf  # what is too far is left out already, and equal codes are at `SMALLEST`
         else:
             edges, reach = [evidence.kinds[kind] for kind in rule.kinds], rule.max_distance
         if rule.method == "components":
