@@ -3,6 +3,7 @@
 `python -m flows.curate` is not needed: call `curate(...)`, or deploy it with `deployments/prefect.yaml`.
 """
 
+from collections.abc import Collection, Mapping
 from math import ceil
 from pathlib import PurePosixPath
 from typing import Annotated
@@ -83,8 +84,8 @@ def curate(
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
     evidence = score_pool(samples, measures, warehouse=store)
-    evidence += cluster_pool(samples, evidence, rules, warehouse=store)
-    pairs = pair_pool(samples, evidence, rules, warehouse=store)
+    evidence += cluster_pool(samples, evidence, rules.reach(), warehouse=store)
+    pairs = pair_pool(samples, evidence, rules.reach(), warehouse=store)
     decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
     snapshot = publish.submit(
         dataset, samples, decisions, rules, evidence, pairs, warehouse=store, blur_faces=blur_faces
@@ -232,20 +233,24 @@ def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) ->
     return evidence
 
 
-def cluster_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[SignalRef]:
-    """Cluster the pool's embeddings, if a duplicate rule looks at semantic pairs."""
-    if SEMANTIC not in policy.reach():
+def cluster_pool(
+    pool: PoolRef, signals: list[SignalRef], kinds: Collection[str], *, warehouse: Warehouse
+) -> list[SignalRef]:
+    """Cluster the pool's embeddings, if semantic pairs are among the kinds to look for."""
+    if SEMANTIC not in kinds:
         return []
     (clip,) = (signal for signal in signals if signal.signal == MEASURED_BY[SEMANTIC])
     return [cluster.submit(pool, clip, warehouse=warehouse).result()]
 
 
-def pair_pool(pool: PoolRef, signals: list[SignalRef], policy: Policy, *, warehouse: Warehouse) -> list[PairsRef]:
-    """Find the pairs that the policy's duplicate rules ask for, at least as far as `PAIR_DISTANCE`."""
+def pair_pool(
+    pool: PoolRef, signals: list[SignalRef], reach: Mapping[str, float], *, warehouse: Warehouse
+) -> list[PairsRef]:
+    """Find pairs of each kind as far as `reach` says, and at least as far as `PAIR_DISTANCE`."""
     by_name = {signal.signal: signal for signal in signals}
     futures = [
         pair.submit(kind, pool, by_name, max_distance=max(PAIR_DISTANCE.get(kind, 0), wanted), warehouse=warehouse)
-        for kind, wanted in policy.reach().items()
+        for kind, wanted in reach.items()
     ]
     return [future.result() for future in futures]
 

@@ -130,7 +130,7 @@ def _judge(pool: PoolRef, checked: CheckedPolicy, columns: Columns, warehouse: W
             preferred.append(values.select(range(len(checked.conditions), values.num_columns)))
     all_failed = np.concatenate(failed)
     for at, scores in ranked.items():
-        all_failed |= ~_in_top(np.concatenate(scores), checked.fractions[at]) * np.uint64(1 << at)
+        all_failed |= ~in_top(np.concatenate(scores), checked.fractions[at]) * np.uint64(1 << at)
     sample_id = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
     return _Samples(sample_id, all_failed, pa.concat_tables(preferred).columns)
 
@@ -154,7 +154,7 @@ def _evaluate(connection: duckdb.DuckDBPyConnection, checked: CheckedPolicy, row
         raise
 
 
-def _in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
+def in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
     """DataComp's rule: at least as good as place int(N·fraction) of all N; NaN stands for NULL and never passes."""
     valid = scores[~np.isnan(scores)]
     place = int(len(scores) * fraction)
