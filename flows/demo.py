@@ -103,7 +103,7 @@ def tell_curation(snapshot: SnapshotRef, truth: SampleTruth, *, warehouse: Wareh
     say(f"\n{snapshot}: kept {funnel.kept} of {funnel.samples} samples")
     table(
         ["reason", "fails", "only this", "left"],
-        [[s.name, s.fails, s.fails_alone, s.remaining] for s in (*funnel.conditions, *funnel.duplicates)],
+        [[s.name, s.fails, s.fails_alone, s.remaining] for s in funnel.stages],
     )
     say("\nAgainst the planted faults")
     table(

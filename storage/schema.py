@@ -54,8 +54,16 @@ DECISIONS = pa.schema(
     [
         SAMPLE_ID,
         column("kept", pa.bool_(), "true if no condition failed and the sample is nobody's duplicate"),
-        column("failed", pa.list_(pa.string()), "names of all conditions the sample fails, in the policy's order"),
-        column("duplicate_of", pa.string(), "sample_id of the kept sample that stands in its place"),
+        column(
+            "failed",
+            pa.list_(pa.string()),
+            "names of all conditions the sample fails, in order; else the limit that left it out",
+        ),
+        column(
+            "duplicate_of",
+            pa.string(),
+            "sample_id of the sample that stands in its place: kept, or left out by a limit",
+        ),
         column("duplicate_rule", pa.string(), "the duplicate rule that joins the two"),
         column(
             "duplicate_distance", pa.float32(), "distance of the pair that joins them, or that ends a chain of such"

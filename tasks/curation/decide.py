@@ -26,8 +26,9 @@ from tasks.curation.conditions import PolicyError, evaluate, locked_connection
 from tasks.curation.duplicate_joins import Evidence, Rule
 from tasks.curation.duplicates import Survivors, choose_survivors, read_evidence
 from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.limits import ConceptCount, draw_balanced, over_cap
 from tasks.curation.parallel import in_order
-from tasks.curation.policy import CheckedPolicy, Condition, DuplicateRule, Policy, TopFraction
+from tasks.curation.policy import Balance, CapPer, CheckedPolicy, Condition, DuplicateRule, Policy, TopFraction
 
 VERSION = 1
 READERS = 8
@@ -46,7 +47,8 @@ def decide(
 
     A sample that passes every condition and is nobody's duplicate is kept. Among duplicates the one the policy
     prefers survives, so a survivor is always kept; samples that fail a condition never survive nor remove others, and
-    name a survivor too if they are its neighbours. The record holds the funnel.
+    name a survivor too if they are its neighbours. Limits come last and leave out some of what would be kept. The
+    record holds the funnel.
 
     Raises `PolicyError` before anything is read if the policy does not fit the signals and pairs, and
     `EvidenceError` if those don't fit the pool.
@@ -62,7 +64,8 @@ def decide(
     samples = _judge(pool, checked, columns, warehouse)
     evidence, positions = read_evidence(pairs, sample_ids=samples.sample_id, warehouse=warehouse)
     survivors = _survivors(samples, checked, rules, evidence=evidence, positions=positions)
-    tables = _Tables(checked, samples, evidence, positions, survivors)
+    limited, concepts = _limit(pool, samples, checked, columns, survivors, positions, warehouse)
+    tables = _Tables(checked, samples, evidence, positions, survivors, limited)
 
     def write(part: tuple[ShardRef, slice]) -> None:
         shard, rows = part
@@ -70,7 +73,7 @@ def decide(
 
     for _ in in_order(write, _parts(pool), threads=READERS):
         pass
-    funnel = tables.funnel()
+    funnel = tables.funnel(concepts)
     record = Record("decide", ref.fingerprint, config, inputs, funnel.counts, funnel.as_dict())
     write_record(warehouse, ref.record, record)
     return Outcome(ref, cached=False)
@@ -98,11 +101,12 @@ def _depends_on(
 
 @dataclass(frozen=True)
 class _Samples:
-    """All samples of a pool in its order: ids, one bit a condition they fail, and what the policy prefers by."""
+    """All samples of a pool in its order: ids, one bit a condition they fail, what the policy prefers and limits by."""
 
     sample_id: pa.ChunkedArray
     failed: NDArray[np.uint64]
     preferences: list[pa.ChunkedArray]
+    groups: dict[int, pa.ChunkedArray]
 
 
 def _judge(pool: PoolRef, checked: CheckedPolicy, columns: Columns, warehouse: Warehouse) -> _Samples:
@@ -132,7 +136,9 @@ def _judge(pool: PoolRef, checked: CheckedPolicy, columns: Columns, warehouse: W
     for at, scores in ranked.items():
         all_failed |= ~in_top(np.concatenate(scores), checked.fractions[at]) * np.uint64(1 << at)
     sample_id = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
-    return _Samples(sample_id, all_failed, pa.concat_tables(preferred).columns)
+    others = pa.concat_tables(preferred).columns
+    groups = dict(zip(checked.groups, others[len(checked.prefer) :], strict=True))
+    return _Samples(sample_id, all_failed, others[: len(checked.prefer)], groups)
 
 
 def _evaluate(connection: duckdb.DuckDBPyConnection, checked: CheckedPolicy, rows: pa.Table) -> pa.Table:
@@ -212,6 +218,49 @@ def _survivors(
     return choose_survivors(evidence, rules, candidates=ranked)
 
 
+def _limit(
+    pool: PoolRef,
+    samples: _Samples,
+    checked: CheckedPolicy,
+    columns: Columns,
+    survivors: Survivors,
+    positions: NDArray[np.int32],
+    warehouse: Warehouse,
+) -> tuple[NDArray[np.int8], list[ConceptCount]]:
+    """Which limit leaves out each sample, -1 for none, and the concepts before and after the last balance."""
+    limited = np.full(len(samples.failed), -1, np.int8)
+    is_duplicate = (np.append(survivors.survivor, -1)[positions] >= 0) & (positions >= 0)
+    counts: list[ConceptCount] = []
+    for at, (limit, at_most) in enumerate(zip(checked.policy.limits, checked.at_most, strict=True)):
+        left = np.flatnonzero((samples.failed == 0) & ~is_duplicate & (limited < 0))
+        rows = pa.array(left)
+        ids = samples.sample_id.take(rows)
+        group = samples.groups[at].take(rows) if at in samples.groups else None
+        if isinstance(limit, Balance):
+            out, counts = draw_balanced(
+                limit, at_most, _concepts(pool, columns, warehouse, checked).take(rows), group, ids
+            )
+        else:
+            preferences = [column.take(rows) for column in samples.preferences]
+            out = over_cap(at_most, group, preferences, checked.descending, ids)
+        limited[left[out]] = at
+    return limited, counts
+
+
+def _concepts(pool: PoolRef, columns: Columns, warehouse: Warehouse, checked: CheckedPolicy) -> pa.ChunkedArray:
+    """The concepts of every sample."""
+    found = [signal for signal in columns.by_signal if signal.signal == "concepts"]
+    if not found:
+        raise PolicyError(
+            f"{checked.policy.origin}: a balance needs the signal concepts. Add it to the signals to measure."
+        )
+
+    def read(shard: ShardRef) -> pa.Table:
+        return warehouse.read_table(found[0].table(shard), ["concepts"])
+
+    return pa.concat_tables(in_order(read, pool.shards, threads=READERS))["concepts"]
+
+
 @dataclass(frozen=True)
 class _Tables:
     """The decisions on all samples, as rows of `DECISIONS` and as a funnel."""
@@ -221,6 +270,7 @@ class _Tables:
     evidence: Evidence
     positions: NDArray[np.int32]
     survivors: Survivors
+    limited: NDArray[np.int8]
 
     def rows(self, rows: slice) -> pa.Table:
         """The decision table of some of the samples."""
@@ -230,17 +280,18 @@ class _Tables:
         is_duplicate = survivor >= 0
         rule = self._of_pair(self.survivors.rule, positions)
         distance = self._of_pair(self.survivors.distance, positions)
+        limited = self.limited[rows]
         columns = [
             self.samples.sample_id.slice(rows.start, rows.stop - rows.start),
-            pa.array((failed == 0) & ~is_duplicate),
-            failed_names(failed, [condition.name for condition in policy.conditions]),
+            pa.array((failed == 0) & ~is_duplicate & (limited < 0)),
+            self._reasons(failed, limited),
             self.evidence.ids.take(pa.array(survivor, mask=~is_duplicate)),
             pa.array([r.name for r in policy.duplicates], pa.string()).take(pa.array(rule, mask=~is_duplicate)),
             pa.array(distance, pa.float32(), mask=~is_duplicate),
         ]
         return pa.table(columns, schema=DECISIONS)
 
-    def funnel(self) -> Funnel:
+    def funnel(self, concepts: list[ConceptCount]) -> Funnel:
         """The funnel over all samples."""
         policy = self.checked.policy
         return count_funnel(
@@ -249,7 +300,23 @@ class _Tables:
             rules=[(rule.name, _rule_text(policy, rule)) for rule in policy.duplicates],
             failed=self.samples.failed,
             taken_by=self._of_pair(self.survivors.rule, self.positions),
+            limits=[
+                (limit.name, _limit_text(limit, at_most))
+                for limit, at_most in zip(policy.limits, self.checked.at_most, strict=True)
+            ],
+            limited=self.limited,
+            concepts=concepts,
         )
+
+    def _reasons(self, failed: NDArray[np.uint64], limited: NDArray[np.int8]) -> pa.ListArray:
+        """Names of all conditions that samples fail, or of the one limit that leaves them out."""
+        policy = self.checked.policy
+        names = failed_names(failed, [condition.name for condition in policy.conditions])
+        if not policy.limits:
+            return names
+        bits = np.where(limited >= 0, np.uint64(1) << np.maximum(limited, 0).astype(np.uint64), np.uint64(0))
+        by_limit = failed_names(bits, [limit.name for limit in policy.limits])
+        return pc.if_else(pa.array(limited >= 0), by_limit, names)
 
     def _of_pair(self, values: NDArray[Any], positions: NDArray[np.int32]) -> NDArray[Any]:
         """What the evidence says of each sample, -1 for samples in no pair."""
@@ -273,6 +340,13 @@ def _rule_text(policy: Policy, rule: DuplicateRule) -> str:
         confirm = policy.number(rule.confirm, f'duplicate rule "{rule.name}", confirm')
         text += f", embeddings within {confirm:g}"
     return text if rule.rule == "greedy" else f"{text}, {rule.rule}"
+
+
+def _limit_text(limit: CapPer | Balance, at_most: int) -> str:
+    """A limit as people read it."""
+    if isinstance(limit, CapPer):
+        return f"at most {at_most:,} per {limit.cap_per}"
+    return f"concepts balanced to {at_most:,}" + (f" per {limit.per}" if limit.per else "")
 
 
 def failed_names(failed: NDArray[np.uint64], names: Sequence[str]) -> pa.ListArray:

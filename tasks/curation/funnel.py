@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.curation.limits import ConceptCount
+
+MAX_CONCEPTS = 100
+"""Concepts that a funnel shows: those mentioned most."""
+
 
 @dataclass(frozen=True)
 class Stage:
     """One condition or duplicate rule: samples it rejects at all, those nothing else rejects, and those left after it.
 
-    `rule` is the SQL or the pairs it is made of. A duplicate rule counts samples that pass every condition.
+    `rule` is the SQL or the pairs it is made of. A duplicate rule counts samples that pass every condition, a limit
+    those that are no duplicates either.
     """
 
     name: str
@@ -28,19 +34,32 @@ class Stage:
 
 @dataclass(frozen=True)
 class Funnel:
-    """All stages of a policy over a pool of `samples`, of which `kept` are left."""
+    """All stages of a policy over a pool of `samples`, of which `kept` are left.
+
+    `concepts` are those mentioned most by what came to a balance, with the samples that do before and after it.
+    """
 
     policy: str
     samples: int
     kept: int
     conditions: tuple[Stage, ...]
     duplicates: tuple[Stage, ...]
+    limits: tuple[Stage, ...] = ()
+    concepts: tuple[ConceptCount, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them, in the order they take samples away."""
+        return self.conditions + self.duplicates + self.limits
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Funnel":
         """Read what `as_dict` gave, as it lies in a decision's record."""
-        stages = {key: tuple(Stage(**stage) for stage in content[key]) for key in ("conditions", "duplicates")}
-        return cls(**{**content, **stages})
+        stages = {
+            key: tuple(Stage(**stage) for stage in content[key]) for key in ("conditions", "duplicates", "limits")
+        }
+        concepts = tuple(ConceptCount(**concept) for concept in content["concepts"])
+        return cls(**{**content, **stages, "concepts": concepts})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers for JSON."""
@@ -55,6 +74,7 @@ class Funnel:
             counts[f"fails_alone.{stage.name}"] = stage.fails_alone
             counts[f"remaining.{stage.name}"] = stage.remaining
         counts |= {f"duplicates.{stage.name}": stage.fails for stage in self.duplicates}
+        counts |= {f"limits.{stage.name}": stage.fails for stage in self.limits}
         return counts
 
 
@@ -65,11 +85,15 @@ def count_funnel(
     rules: Sequence[tuple[str, str]],
     failed: NDArray[np.uint64],
     taken_by: NDArray[np.integer],
+    limits: Sequence[tuple[str, str]] = (),
+    limited: NDArray[np.integer] | None = None,
+    concepts: Sequence[ConceptCount] = (),
 ) -> Funnel:
-    """Count the funnel of a pool; `conditions` and `rules` are names with their text.
+    """Count the funnel of a pool; `conditions`, `rules` and `limits` are names with their text.
 
     `failed` has one bit for each condition and sample, the first condition lowest; `taken_by` the number of the rule
-    that makes the sample a duplicate, or -1.
+    that makes the sample a duplicate, `limited` that of the limit that leaves it out, or -1. Of `concepts`, the first
+    `MAX_CONCEPTS` are kept.
     """
     reasons, times = np.unique(failed, return_counts=True)
     stages, open_bits = [], 0
@@ -86,12 +110,22 @@ def count_funnel(
             )
         )
     remaining = int((failed == 0).sum())
-    removed = np.bincount(taken_by[(failed == 0) & (taken_by >= 0)], minlength=len(rules))
-    duplicates = []
-    for (name, text), count in zip(rules, removed.tolist(), strict=True):
+    removed = np.bincount(taken_by[(failed == 0) & (taken_by >= 0)], minlength=len(rules)).tolist()
+    if limited is not None:
+        removed += np.bincount(limited[limited >= 0], minlength=len(limits)).tolist()
+    last = []
+    for (name, text), count in zip([*rules, *limits], removed, strict=True):
         remaining -= count
-        duplicates.append(Stage(name, text, fails=count, fails_alone=count, remaining=remaining))
-    return Funnel(policy, len(failed), remaining, tuple(stages), tuple(duplicates))
+        last.append(Stage(name, text, fails=count, fails_alone=count, remaining=remaining))
+    return Funnel(
+        policy,
+        len(failed),
+        remaining,
+        tuple(stages),
+        tuple(last[: len(rules)]),
+        tuple(last[len(rules) :]),
+        tuple(concepts[:MAX_CONCEPTS]),
+    )
 
 
 def funnel_markdown(funnel: Funnel) -> str:
@@ -109,6 +143,8 @@ def funnel_markdown(funnel: Funnel) -> str:
         lines.append(
             _row(f"duplicate: {stage.name}", _cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining)
         )
+    for stage in funnel.limits:
+        lines.append(_row(f"limit: {stage.name}", _cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining))
     return "\n".join(lines) + "\n"
 
 

@@ -20,7 +20,7 @@ def draw_funnel(funnel: Funnel, path: Path) -> None:
 
 def funnel_figure(funnel: Funnel) -> Figure:
     """Return the funnel as a bar chart: what is left after each stage, and what it took."""
-    stages = [*funnel.conditions, *funnel.duplicates]
+    stages = funnel.stages
     left = [funnel.samples, *(stage.remaining for stage in stages)]
     whole = max(1, funnel.samples)
     names = ["pool", *(stage.name for stage in stages)]

@@ -122,6 +122,49 @@ class DuplicateRule(_Choice):
         return self
 
 
+class CapPer(_Choice):
+    """A limit: of the samples left, at most so many of each value of an expression, those the policy prefers."""
+
+    name: Name = Field(description="the reason given for samples it leaves out")
+    cap_per: str = Field(
+        description="SQL whose values make the groups, such as a url's host; NULL is a group", min_length=1
+    )
+    at_most: Amount = Field(description="samples that stay of each group, at least 1")
+
+    @property
+    def grouping(self) -> str:
+        """SQL of the groups."""
+        return self.cap_per
+
+
+class Balance(_Choice):
+    """A limit: draw the samples left so that concepts mentioned more often than `at_most` come down to about that.
+
+    MetaCLIP's balancing over the signal `concepts`; see `limits.draw_balanced`.
+    """
+
+    name: Name = Field(description="the reason given for samples it leaves out")
+    balance: Literal["concepts"] = Field(description="the signal that says which concepts a sample mentions")
+    at_most: Amount = Field(description="count up to which every mention of a concept stays; MetaCLIP's t")
+    per: str | None = Field(default=None, description="SQL whose values are balanced apart, such as language")
+    tail_of: str | None = Field(
+        default=None, description="value of `per` that at_most is for; the others get its share of rare concepts"
+    )
+    seed: int = Field(default=0, description="another seed draws other samples")
+    keep_unmatched: bool = Field(default=False, description="keep samples that mention no concept; MetaCLIP drops them")
+
+    @property
+    def grouping(self) -> str | None:
+        """SQL of the groups, if any."""
+        return self.per
+
+    @model_validator(mode="after")
+    def _need_groups_for_a_tail(self) -> Self:
+        if self.tail_of is not None and self.per is None:
+            raise ValueError("tail_of names a value of per; give per, such as language")
+        return self
+
+
 class Splits(_Choice):
     """How much of the dataset is held out. A sample that was published once stays in its split, whatever this says."""
 
@@ -137,17 +180,26 @@ class Splits(_Choice):
 
 
 def _form(entry: Any) -> str:
-    given = entry if isinstance(entry, Mapping) else vars(entry) if isinstance(entry, BaseModel) else {}
-    return "top_fraction" if "top_fraction" in given else "sql"
+    return "top_fraction" if "top_fraction" in _given(entry) else "sql"
+
+
+def _limit_form(entry: Any) -> str:
+    return "balance" if "balance" in _given(entry) else "cap_per"
+
+
+def _given(entry: Any) -> Mapping[str, Any]:
+    return entry if isinstance(entry, Mapping) else vars(entry) if isinstance(entry, BaseModel) else {}
 
 
 AnyCondition = Annotated[
     Annotated[Condition, Tag("sql")] | Annotated[TopFraction, Tag("top_fraction")], Discriminator(_form)
 ]
 
+AnyLimit = Annotated[Annotated[CapPer, Tag("cap_per")] | Annotated[Balance, Tag("balance")], Discriminator(_limit_form)]
+
 
 class Policy(_Choice):
-    """What to keep and why. Conditions and duplicate rules are ordered; in YAML they may be mappings by name."""
+    """What to keep and why. Conditions, duplicate rules and limits are ordered; YAML may map their names to them."""
 
     name: Name = Field(description="name of the policy")
     description: str = Field(default="", description="what it is for")
@@ -161,6 +213,7 @@ class Policy(_Choice):
         description="who survives: SQL with asc or desc, or hard, easy or random; the first that differs decides, "
         "NULL loses",
     )
+    limits: tuple[AnyLimit, ...] = Field(default=(), description="what is left out last, in order")
     splits: Splits = Field(default_factory=Splits, description="what is held out")
     _origin: str | None = PrivateAttr(default=None)
 
@@ -179,19 +232,24 @@ class Policy(_Choice):
                 reach[kind] = max(reach.get(kind, 0), distance)
         return reach
 
-    @field_validator("conditions", "duplicates", mode="before")
+    @field_validator("conditions", "duplicates", "limits", mode="before")
     @classmethod
     def _name_entries(cls, value: Any, info: ValidationInfo) -> Any:
         return named_list(value, SHORT_FORM[str(info.field_name)])
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        for what, entries in (("condition", self.conditions), ("duplicate rule", self.duplicates)):
+        reasons = (*self.conditions, *self.limits)
+        for what, entries in (
+            ("condition", self.conditions),
+            ("condition or limit", reasons),
+            ("duplicate rule", self.duplicates),
+        ):
             names = [entry.name for entry in entries]
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{what} {', '.join(sorted(twice))} is there twice; names are the reasons given")
-        if any(condition.name == SPLIT_CONFLICT for condition in self.conditions):
+        if any(entry.name == SPLIT_CONFLICT for entry in reasons):
             raise ValueError(f"condition {SPLIT_CONFLICT}: publishing uses this name itself; choose another")
         return self
 
@@ -245,7 +303,8 @@ class CheckedPolicy:
 
     `conditions` and `prefer` hold one expression for each of the policy's, in order; for a top fraction it is the
     number to rank by, and `fractions` has the share by the condition's place. `distances` are the duplicate rules', and
-    `confirmations` the distances of embeddings that confirm, or None.
+    `confirmations` the distances of embeddings that confirm, or None. `groups` has the expression of a limit's groups,
+    if it has any, by the limit's place, and `at_most` each limit's number.
     """
 
     policy: Policy
@@ -255,11 +314,13 @@ class CheckedPolicy:
     descending: tuple[bool, ...]
     distances: tuple[float, ...]
     confirmations: tuple[float | None, ...]
+    groups: Mapping[int, Expression]
+    at_most: tuple[int, ...]
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
-        """All expressions: the conditions', then the preferences'."""
-        return self.conditions + self.prefer
+        """All expressions: the conditions', then the preferences', then those of the limits' groups."""
+        return self.conditions + self.prefer + tuple(self.groups.values())
 
     @property
     def columns(self) -> frozenset[str]:
@@ -294,7 +355,15 @@ def _checked(policy: Policy, columns: pa.Schema, connection: duckdb.DuckDBPyConn
         _require(is_directed, f'{what} has no direction. Write "{text} desc" if more is better, else "{text} asc".')
         prefer.append(check(sql, what))
         descending.append(direction.lower() == "desc")
-    _refuse_unused(policy, conditions + prefer)
+    groups, at_most = {}, []
+    for at, limit in enumerate(policy.limits):
+        what = f'{policy.origin}: limit "{limit.name}"'
+        if limit.grouping is not None:
+            groups[at] = check(f"({limit.grouping})::VARCHAR", what)
+        number = policy.number(limit.at_most, f'limit "{limit.name}", at_most')
+        _require(number >= 1 and number == int(number), f"{what} leaves {number:g}. Use a whole number of at least 1.")
+        at_most.append(int(number))
+    _refuse_unused(policy, [*conditions, *prefer, *groups.values()])
     rules = policy.duplicates
     return CheckedPolicy(
         policy,
@@ -307,6 +376,8 @@ def _checked(policy: Policy, columns: pa.Schema, connection: duckdb.DuckDBPyConn
             None if r.confirm is None else policy.number(r.confirm, f'duplicate rule "{r.name}", confirm')
             for r in rules
         ),
+        groups=groups,
+        at_most=tuple(at_most),
     )
 
 
@@ -319,6 +390,7 @@ def _refuse_unused(policy: Policy, expressions: list[Expression]) -> None:
     used = {name for expression in expressions for name in expression.parameters}
     amounts = [condition.top_fraction for condition in policy.conditions if isinstance(condition, TopFraction)]
     amounts += [rule.max_distance for rule in policy.duplicates]
+    amounts += [limit.at_most for limit in policy.limits]
     amounts += [rule.confirm for rule in policy.duplicates if rule.confirm is not None]
     used |= {amount.removeprefix("$") for amount in amounts if isinstance(amount, str)}
     unused = sorted(set(policy.parameters) - used)

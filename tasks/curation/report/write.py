@@ -48,7 +48,9 @@ def write_report(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]
         histograms=_histograms(measured),
         overlap=_overlap(measured, [stage.name for stage in funnel.conditions]),
         breakdowns=_breakdowns(measured),
-        pictures=take_pictures(measured, [stage.name for stage in funnel.conditions], warehouse=warehouse),
+        pictures=take_pictures(
+            measured, [stage.name for stage in (*funnel.conditions, *funnel.limits)], warehouse=warehouse
+        ),
         shards=len(measured.shards),
         changes=_changes(snapshot, warehouse),
         faults=_faults(manifest, warehouse),

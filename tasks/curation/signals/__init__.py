@@ -10,6 +10,7 @@ from tasks.curation.signals.characters import Characters
 from tasks.curation.signals.clip import Clip
 from tasks.curation.signals.clip_nsfw import ClipNsfw
 from tasks.curation.signals.cluster import Cluster
+from tasks.curation.signals.concepts import Concepts
 from tasks.curation.signals.contract import MissingWeights, Signal
 from tasks.curation.signals.exact import ExactHashes
 from tasks.curation.signals.faces import Faces
@@ -29,6 +30,7 @@ SignalName = Literal[
     "caption",
     "characters",
     "words",
+    "concepts",
     "language",
     "exact",
     "perceptual",
@@ -74,6 +76,13 @@ class SignalSettings(BaseModel):
     flagged_words: str | None = Field(
         default=None, description="Text file of words to keep out; empty for better-profanity's English list."
     )
+    concept_entries: str | None = Field(
+        default=None,
+        description="Text file of concepts, one a line, for the signal concepts; empty for WordNet's lemmas.",
+    )
+    fold_concept_case: bool = Field(
+        default=True, description="Match concepts in any case; MetaCLIP's own code does not."
+    )
     aesthetic_head: PinnedFile | None = Field(
         default=None, description="LAION's sac+logos+ava1-l14-linearMSE.pth, for the signal aesthetic."
     )
@@ -106,6 +115,7 @@ def build_signals(settings: SignalSettings) -> list[Signal]:
         CaptionStatistics(),
         Characters(),
         Words(settings.stop_words, settings.flagged_words),
+        Concepts(settings.concept_entries, settings.fold_concept_case),
         Language(),
         ExactHashes(),
         PerceptualHash(),

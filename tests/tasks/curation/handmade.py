@@ -40,6 +40,7 @@ SIGNALS = {
     "clip": {"clip_score": pa.float32(), "image_embedding": pa.list_(pa.float16(), 2)},
     "nsfw": {"nsfw_score": pa.float32()},
     "semantic_clusters": {"semantic_cluster": pa.int32(), "centroid_distance": pa.float32()},
+    "concepts": {"concept_count": pa.int32(), "concepts": pa.list_(pa.string())},
     "cluster": {"cluster": pa.int32(), "cluster_wanted": pa.bool_()},
 }
 """Columns of the signals, as the contracts between the parts name them."""
@@ -73,6 +74,8 @@ GOOD: dict[str, Any] = {
     "clip_score": 0.3,
     "image_embedding": [0.0, 1.0],
     "nsfw_score": 0.01,
+    "concept_count": 1,
+    "concepts": ["thing"],
     "cluster": 0,
     "semantic_cluster": 0,
     "centroid_distance": 0.3,
