@@ -3,11 +3,12 @@
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.curate import Name, check_policy, cluster_pool, pair_pool, score_pool
+from flows.curate import Name, check_policy, cluster_pool, evaluation_sets, pair_pool, score_pool
 from flows.steps import artifact_key, task_runner
 from storage.pool import read_pool
 from storage.warehouse import Warehouse
 from tasks.curation import whatif
+from tasks.curation.decontaminate import beside
 from tasks.curation.policy import load_policy
 from tasks.curation.signals import SignalSettings, build_signals
 
@@ -48,9 +49,15 @@ def compare(
     reach: dict[str, float] = {}
     for policy in policies:
         reach |= {kind: max(distance, reach.get(kind, 0)) for kind, distance in policy.reach().items()}
-    evidence += cluster_pool(samples, evidence, reach, warehouse=store)
-    pairs = pair_pool(samples, evidence, reach, warehouse=store)
-    found = whatif.compare(samples, *policies, evidence, pairs, warehouse=store, by=by)
+    held_out = {}
+    for policy in policies:
+        held_out |= {other.name: other for other in evaluation_sets(policy, measures, warehouse=store)}
+    compared = beside(samples, held_out.values())
+    evidence += cluster_pool(compared, evidence, reach, warehouse=store)
+    pairs = pair_pool(compared, evidence, reach, warehouse=store)
+    found = whatif.compare(
+        samples, *policies, evidence, pairs, evaluation_pools=list(held_out.values()), warehouse=store, by=by
+    )
     create_markdown_artifact(
         key=artifact_key("comparison", pool),
         markdown=found.markdown(),

@@ -27,6 +27,7 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation import decide as deciding
 from tasks.curation import publish as publishing
+from tasks.curation.decontaminate import beside
 from tasks.curation.difference import difference, difference_markdown
 from tasks.curation.funnel import Funnel, funnel_markdown
 from tasks.curation.ingest import IngestedFile, ingest_file
@@ -84,11 +85,13 @@ def curate(
 
     samples = ingest_source(source, pool=pool or dataset, warehouse=store)
     evidence = score_pool(samples, measures, warehouse=store)
-    evidence += cluster_pool(samples, evidence, rules.reach(), warehouse=store)
-    pairs = pair_pool(samples, evidence, rules.reach(), warehouse=store)
-    decisions = decide.submit(samples, rules, evidence, pairs, warehouse=store).result()
+    held_out = evaluation_sets(rules, measures, warehouse=store)
+    compared = beside(samples, held_out)
+    evidence += cluster_pool(compared, evidence, rules.reach(), warehouse=store)
+    pairs = pair_pool(compared, evidence, rules.reach(), warehouse=store)
+    decisions = decide.submit(samples, rules, evidence, pairs, held_out, warehouse=store).result()
     snapshot = publish.submit(
-        dataset, samples, decisions, rules, evidence, pairs, warehouse=store, blur_faces=blur_faces
+        dataset, samples, decisions, rules, evidence, pairs, held_out, warehouse=store, blur_faces=blur_faces
     ).result()
     compare.submit(snapshot, warehouse=store).result()
     page = report.submit(snapshot, warehouse=store).result()
@@ -140,10 +143,16 @@ def pair(
 
 @step(task_run_name="decide {pool.name} by {policy.name}")
 def decide(
-    pool: PoolRef, policy: Policy, signals: list[SignalRef], pairs: list[PairsRef], *, warehouse: Warehouse
+    pool: PoolRef,
+    policy: Policy,
+    signals: list[SignalRef],
+    pairs: list[PairsRef],
+    held_out: list[PoolRef],
+    *,
+    warehouse: Warehouse,
 ) -> Outcome[DecisionsRef]:
     """Keep or reject every sample, with all reasons."""
-    return deciding.decide(pool, policy, signals, pairs, warehouse=warehouse)
+    return deciding.decide(pool, policy, signals, pairs, evaluation_pools=held_out, warehouse=warehouse)
 
 
 @step(task_run_name="publish {dataset}")
@@ -154,13 +163,22 @@ def publish(
     policy: Policy,
     signals: list[SignalRef],
     pairs: list[PairsRef],
+    held_out: list[PoolRef],
     *,
     warehouse: Warehouse,
     blur_faces: bool,
 ) -> Outcome[SnapshotRef]:
     """Publish what was kept as the dataset's next snapshot."""
     outcome = publishing.publish(
-        dataset, pool, decisions, policy, signals, pairs, warehouse=warehouse, blur_faces=blur_faces
+        dataset,
+        pool,
+        decisions,
+        policy,
+        signals,
+        pairs,
+        evaluation_pools=held_out,
+        warehouse=warehouse,
+        blur_faces=blur_faces,
     )
     if not outcome.cached:
         write_catalog(warehouse)
@@ -231,6 +249,16 @@ def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) ->
         evidence: list[SignalRef] = future.result()
         update_progress_artifact(progress, progress=100 * done / len(groups))
     return evidence
+
+
+def evaluation_sets(policy: Policy, signals: list[Signal], *, warehouse: Warehouse) -> list[PoolRef]:
+    """Read and score the pools that the policy decontaminates against."""
+    pools = [read_pool(warehouse, name) for name in policy.evaluation_pools]
+    for pool in pools:
+        if not pool.shards:
+            raise PolicyError(f"{policy.origin}: pool {pool.name} is empty. Ingest the evaluation set into it first.")
+        score_pool(pool, signals, warehouse=warehouse)
+    return pools
 
 
 def cluster_pool(

@@ -68,6 +68,7 @@ DECISIONS = pa.schema(
         column(
             "duplicate_distance", pa.float32(), "distance of the pair that joins them, or that ends a chain of such"
         ),
+        column("contaminated_by", pa.string(), "sample_id of the evaluation sample it is a copy of"),
     ]
 )
 

@@ -23,12 +23,22 @@ from storage.schema import DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import Columns, find_columns
 from tasks.curation.conditions import PolicyError, evaluate, locked_connection
+from tasks.curation.decontaminate import find_contamination, read_ids
 from tasks.curation.duplicate_joins import Evidence, Rule
 from tasks.curation.duplicates import Survivors, choose_survivors, read_evidence
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.limits import ConceptCount, draw_balanced, over_cap
 from tasks.curation.parallel import in_order
-from tasks.curation.policy import Balance, CapPer, CheckedPolicy, Condition, DuplicateRule, Policy, TopFraction
+from tasks.curation.policy import (
+    Balance,
+    CapPer,
+    CheckedPolicy,
+    Condition,
+    Decontamination,
+    DuplicateRule,
+    Policy,
+    TopFraction,
+)
 
 VERSION = 1
 READERS = 8
@@ -41,6 +51,7 @@ def decide(
     signals: Sequence[SignalRef],
     pairs: Sequence[PairsRef],
     *,
+    evaluation_pools: Sequence[PoolRef] = (),
     warehouse: Warehouse,
 ) -> Outcome[DecisionsRef]:
     """Apply `policy` to every sample of `pool` and write one decision table a shard.
@@ -48,24 +59,27 @@ def decide(
     A sample that passes every condition and is nobody's duplicate is kept. Among duplicates the one the policy
     prefers survives, so a survivor is always kept; samples that fail a condition never survive nor remove others, and
     name a survivor too if they are its neighbours. Limits come last and leave out some of what would be kept. The
-    record holds the funnel.
+    record holds the funnel. `evaluation_pools` are those that the policy decontaminates against; the pairs must cover
+    them too, beside the pool.
 
     Raises `PolicyError` before anything is read if the policy does not fit the signals and pairs, and
     `EvidenceError` if those don't fit the pool.
     """
-    config, inputs = _depends_on(pool, policy, signals, pairs)
-    ref = decisions_ref(pool, policy, signals, pairs)
+    config, inputs = _depends_on(pool, policy, signals, pairs, evaluation_pools)
+    ref = decisions_ref(pool, policy, signals, pairs, evaluation_pools)
     if read_record(warehouse, ref.record) is not None:
         return Outcome(ref, cached=True)
 
     columns = find_columns(pool, signals, warehouse=warehouse)
     checked = policy.check(columns.schema)
     rules = _rules(checked, pairs, warehouse)
+    _require_evaluation(policy, pairs, evaluation_pools, warehouse)
     samples = _judge(pool, checked, columns, warehouse)
+    copy_of = _copies(samples, checked, pairs, evaluation_pools, warehouse)
     evidence, positions = read_evidence(pairs, sample_ids=samples.sample_id, warehouse=warehouse)
     survivors = _survivors(samples, checked, rules, evidence=evidence, positions=positions)
     limited, concepts = _limit(pool, samples, checked, columns, survivors, positions, warehouse)
-    tables = _Tables(checked, samples, evidence, positions, survivors, limited)
+    tables = _Tables(checked, samples, copy_of, evidence, positions, survivors, limited)
 
     def write(part: tuple[ShardRef, slice]) -> None:
         shard, rows = part
@@ -80,21 +94,30 @@ def decide(
 
 
 def decisions_ref(
-    pool: PoolRef, policy: Policy, signals: Sequence[SignalRef], pairs: Sequence[PairsRef]
+    pool: PoolRef,
+    policy: Policy,
+    signals: Sequence[SignalRef],
+    pairs: Sequence[PairsRef],
+    evaluation_pools: Sequence[PoolRef] = (),
 ) -> DecisionsRef:
     """Return where the decisions on these inputs lie, whether they were made yet or not."""
-    identity = fingerprint(_depends_on(pool, policy, signals, pairs))
+    identity = fingerprint(_depends_on(pool, policy, signals, pairs, evaluation_pools))
     return DecisionsRef(identity, f"decisions/{identity}")
 
 
 def _depends_on(
-    pool: PoolRef, policy: Policy, signals: Sequence[SignalRef], pairs: Sequence[PairsRef]
+    pool: PoolRef,
+    policy: Policy,
+    signals: Sequence[SignalRef],
+    pairs: Sequence[PairsRef],
+    evaluation_pools: Sequence[PoolRef],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     config = {"version": VERSION, "policy": policy.model_dump(mode="json")}
     inputs = {
         "pool": pool.fingerprint,
         "signals": [[signal.signal, signal.fingerprint] for signal in signals],
         "pairs": [[pair.kind, pair.fingerprint] for pair in pairs],
+        "evaluation_pools": [other.fingerprint for other in evaluation_pools],
     }
     return config, inputs
 
@@ -173,23 +196,67 @@ def in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
 def _rules(checked: CheckedPolicy, pairs: Sequence[PairsRef], warehouse: Warehouse) -> list[Rule]:
     """The duplicate rules, if the pairs they need were looked for, and as far as they reach."""
     policy = checked.policy
-    known = {pair.kind: pair for pair in pairs}
     rules = []
     for rule, distance, confirm in zip(policy.duplicates, checked.distances, checked.confirmations, strict=True):
         what = f'{policy.origin}: duplicate rule "{rule.name}"'
         for kind in sorted(rule.kinds):
-            if kind not in known:
-                at_hand = ", ".join(known) or "none"
-                raise PolicyError(f"{what} needs pairs of kind {kind}, which were not found. Kinds at hand: {at_hand}.")
-            reach = _reach(known[kind], warehouse)
             wanted = distance if kind in rule.pairs or confirm is None else confirm
-            if wanted > reach:
-                raise PolicyError(
-                    f"{what} reaches to distance {wanted:g}, but pairs of kind {kind} were only looked for up to "
-                    f"{reach:g}. Look for them with max_distance={wanted:g} first, or ask for less."
-                )
+            _require_pairs(what, kind, wanted, pairs, warehouse)
         rules.append(Rule(rule.pairs, distance, rule.rule, confirm))
     return rules
+
+
+def _require_evaluation(
+    policy: Policy, pairs: Sequence[PairsRef], evaluation_pools: Sequence[PoolRef], warehouse: Warehouse
+) -> None:
+    """Raise `PolicyError` unless the evaluation sets that the policy names are given, and pairs to find copies by."""
+    given = {pool.name for pool in evaluation_pools if pool.rows}
+    for rule in policy.decontaminate:
+        what = f'{policy.origin}: decontaminate "{rule.name}"'
+        for name in rule.against:
+            if name not in given:
+                raise PolicyError(f"{what} names pool {name}, which is empty or was not given. Ingest the set into it.")
+        for kind in rule.pairs:
+            wanted = policy.number(rule.max_distance, f"{what}, max_distance")
+            _require_pairs(what, kind, wanted, pairs, warehouse)
+
+
+def _require_pairs(what: str, kind: str, wanted: float, pairs: Sequence[PairsRef], warehouse: Warehouse) -> None:
+    known = {pair.kind: pair for pair in pairs}
+    if kind not in known:
+        at_hand = ", ".join(known) or "none"
+        raise PolicyError(f"{what} needs pairs of kind {kind}, which were not found. Kinds at hand: {at_hand}.")
+    reach = _reach(known[kind], warehouse)
+    if wanted > reach:
+        raise PolicyError(
+            f"{what} reaches to distance {wanted:g}, but pairs of kind {kind} were only looked for up to "
+            f"{reach:g}. Look for them with max_distance={wanted:g} first, or ask for less."
+        )
+
+
+def _copies(
+    samples: _Samples,
+    checked: CheckedPolicy,
+    pairs: Sequence[PairsRef],
+    evaluation_pools: Sequence[PoolRef],
+    warehouse: Warehouse,
+) -> pa.ChunkedArray:
+    """The evaluation sample that each sample is a copy of, or null; sets the bits of the copies' reasons."""
+    policy = checked.policy
+    known = {pool.name: pool for pool in evaluation_pools}
+    copy_of = pa.chunked_array([pa.nulls(len(samples.failed), pa.string())])
+    for at, rule in enumerate(policy.decontaminate):
+        against = [known[name] for name in rule.against]
+        found = find_contamination(
+            samples.sample_id,
+            read_ids(against, warehouse),
+            [pair for pair in pairs if pair.kind in rule.pairs],
+            max_distance=policy.number(rule.max_distance, f'decontaminate "{rule.name}", max_distance'),
+            warehouse=warehouse,
+        )
+        samples.failed[:] |= np.asarray(found.is_valid()) * np.uint64(1 << (len(policy.conditions) + at))
+        copy_of = pc.coalesce(copy_of, found)
+    return copy_of
 
 
 def _reach(pairs: PairsRef, warehouse: Warehouse) -> float:
@@ -267,6 +334,7 @@ class _Tables:
 
     checked: CheckedPolicy
     samples: _Samples
+    copy_of: pa.ChunkedArray
     evidence: Evidence
     positions: NDArray[np.int32]
     survivors: Survivors
@@ -288,6 +356,7 @@ class _Tables:
             self.evidence.ids.take(pa.array(survivor, mask=~is_duplicate)),
             pa.array([r.name for r in policy.duplicates], pa.string()).take(pa.array(rule, mask=~is_duplicate)),
             pa.array(distance, pa.float32(), mask=~is_duplicate),
+            self.copy_of.slice(rows.start, rows.stop - rows.start),
         ]
         return pa.table(columns, schema=DECISIONS)
 
@@ -296,7 +365,10 @@ class _Tables:
         policy = self.checked.policy
         return count_funnel(
             policy.name,
-            conditions=[(condition.name, self._text(condition)) for condition in policy.conditions],
+            conditions=[
+                *((condition.name, self._text(condition)) for condition in policy.conditions),
+                *((rule.name, _copies_text(policy, rule)) for rule in policy.decontaminate),
+            ],
             rules=[(rule.name, _rule_text(policy, rule)) for rule in policy.duplicates],
             failed=self.samples.failed,
             taken_by=self._of_pair(self.survivors.rule, self.positions),
@@ -311,7 +383,7 @@ class _Tables:
     def _reasons(self, failed: NDArray[np.uint64], limited: NDArray[np.int8]) -> pa.ListArray:
         """Names of all conditions that samples fail, or of the one limit that leaves them out."""
         policy = self.checked.policy
-        names = failed_names(failed, [condition.name for condition in policy.conditions])
+        names = failed_names(failed, [entry.name for entry in (*policy.conditions, *policy.decontaminate)])
         if not policy.limits:
             return names
         bits = np.where(limited >= 0, np.uint64(1) << np.maximum(limited, 0).astype(np.uint64), np.uint64(0))
@@ -340,6 +412,12 @@ def _rule_text(policy: Policy, rule: DuplicateRule) -> str:
         confirm = policy.number(rule.confirm, f'duplicate rule "{rule.name}", confirm')
         text += f", embeddings within {confirm:g}"
     return text if rule.rule == "greedy" else f"{text}, {rule.rule}"
+
+
+def _copies_text(policy: Policy, rule: Decontamination) -> str:
+    distance = policy.number(rule.max_distance, rule.name)
+    near = f" within {distance:g}" if distance else ""
+    return f"no copy of {', '.join(rule.against)} by {', '.join(rule.pairs)}{near}"
 
 
 def _limit_text(limit: CapPer | Balance, at_most: int) -> str:

@@ -81,7 +81,8 @@ class _Because:
         self._otherwise = f"{', '.join(anew)} measured anew" if anew else "the rest of the pool changed"
         held_out = {SPLIT_CONFLICT: "its duplicates were held out"}
         self._conditions = {**held_out, **_changed_entries(before, after, "conditions")}
-        self._conditions |= _changed_entries(before, after, "limits")
+        for kind in ("decontaminate", "limits"):
+            self._conditions |= _changed_entries(before, after, kind)
         self._rules = _changed_entries(before, after, "duplicates")
 
     def text(self, row: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Verdict:
     duplicate_of: str | None
     duplicate_rule: str | None
     duplicate_distance: float | None
+    contaminated_by: str | None
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _verdicts(sample_id: str, shard: str, warehouse: Warehouse) -> Iterator[Verd
                         own["duplicate_of"],
                         own["duplicate_rule"],
                         own["duplicate_distance"],
+                        own["contaminated_by"],
                     )
 
 
@@ -181,6 +183,8 @@ def _outcome(verdict: Verdict) -> str:
         return f"kept, {verdict.split}"
     failed = [judgement.condition for judgement in verdict.judgements if not judgement.passed]
     reasons = [f"fails {', '.join(failed)}"] if failed else []
+    if verdict.contaminated_by:
+        reasons.append(f"copy of the evaluation sample `{verdict.contaminated_by}`")
     if verdict.duplicate_of:
         by = f"{verdict.duplicate_rule}, distance {verdict.duplicate_distance:.3g}"
         reasons.append(f"duplicate of `{verdict.duplicate_of}` ({by})")

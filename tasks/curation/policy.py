@@ -122,6 +122,21 @@ class DuplicateRule(_Choice):
         return self
 
 
+class Decontamination(_Choice):
+    """A condition: the sample is no copy of one in an evaluation set, by pairs of some kinds within a distance."""
+
+    name: Name = Field(description="the reason given for copies")
+    against: tuple[str, ...] = Field(description="pools that hold the evaluation sets", min_length=1)
+    pairs: tuple[Name, ...] = Field(description="kinds of pairs: bytes, pixels, perceptual or semantic", min_length=1)
+    max_distance: Amount = Field(default=0, description="largest distance that makes a copy, 0 for equal only")
+
+    @model_validator(mode="after")
+    def _measure_alike(self) -> Self:
+        if SEMANTIC in self.pairs and "perceptual" in self.pairs:
+            raise ValueError("semantic distances are 1 - cosine and perceptual ones are bits; make it two conditions")
+        return self
+
+
 class CapPer(_Choice):
     """A limit: of the samples left, at most so many of each value of an expression, those the policy prefers."""
 
@@ -206,7 +221,10 @@ class Policy(_Choice):
     parameters: dict[Name, ParameterValue] = Field(
         default_factory=dict, description="thresholds that conditions refer to as $name"
     )
-    conditions: tuple[AnyCondition, ...] = Field(default=(), description="all must pass", max_length=64)
+    conditions: tuple[AnyCondition, ...] = Field(default=(), description="all must pass", max_length=56)
+    decontaminate: tuple[Decontamination, ...] = Field(
+        default=(), description="evaluation sets that no sample may be a copy of", max_length=8
+    )
     duplicates: tuple[DuplicateRule, ...] = Field(default=(), description="of samples that match, one survives")
     prefer: tuple[str, ...] = Field(
         default=(),
@@ -223,23 +241,31 @@ class Policy(_Choice):
         return self._origin or f"policy {self.name}"
 
     def reach(self) -> dict[str, float]:
-        """Return how far each kind of pairs must be looked for: the largest distance that a duplicate rule asks for."""
+        """Return how far each kind of pairs must be looked for: the largest distance that anything asks for."""
         reach: dict[str, float] = {}
         for rule in self.duplicates:
             for kind in rule.kinds:
                 amount, what = (rule.max_distance, "max_distance") if kind in rule.pairs else (rule.confirm, "confirm")
                 distance = self.number(amount or 0, f'duplicate rule "{rule.name}", {what}')
                 reach[kind] = max(reach.get(kind, 0), distance)
+        for copies in self.decontaminate:
+            distance = self.number(copies.max_distance, f'decontaminate "{copies.name}", max_distance')
+            reach |= {kind: max(reach.get(kind, 0), distance) for kind in copies.pairs}
         return reach
 
-    @field_validator("conditions", "duplicates", "limits", mode="before")
+    @property
+    def evaluation_pools(self) -> tuple[str, ...]:
+        """Names of all pools that hold evaluation sets."""
+        return tuple(sorted({name for copies in self.decontaminate for name in copies.against}))
+
+    @field_validator("conditions", "decontaminate", "duplicates", "limits", mode="before")
     @classmethod
     def _name_entries(cls, value: Any, info: ValidationInfo) -> Any:
         return named_list(value, SHORT_FORM[str(info.field_name)])
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        reasons = (*self.conditions, *self.limits)
+        reasons = (*self.conditions, *self.decontaminate, *self.limits)
         for what, entries in (
             ("condition", self.conditions),
             ("condition or limit", reasons),
@@ -391,6 +417,7 @@ def _refuse_unused(policy: Policy, expressions: list[Expression]) -> None:
     amounts = [condition.top_fraction for condition in policy.conditions if isinstance(condition, TopFraction)]
     amounts += [rule.max_distance for rule in policy.duplicates]
     amounts += [limit.at_most for limit in policy.limits]
+    amounts += [copies.max_distance for copies in policy.decontaminate]
     amounts += [rule.confirm for rule in policy.duplicates if rule.confirm is not None]
     used |= {amount.removeprefix("$") for amount in amounts if isinstance(amount, str)}
     unused = sorted(set(policy.parameters) - used)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tasks.curation.conditions import PolicyError
 
-SHORT_FORM = {"conditions": "sql", "duplicates": "pairs", "limits": "cap_per"}
+SHORT_FORM = {"conditions": "sql", "decontaminate": "against", "duplicates": "pairs", "limits": "cap_per"}
 """The field that an entry's value stands for when it is not a mapping, as in `side: width >= 200`."""
 
 
@@ -46,7 +46,7 @@ def _place(content: Mapping[str, Any], location: tuple[int | str, ...]) -> str:
     if len(location) > 1 and parts[0] in SHORT_FORM:
         entry = named_list(content[parts[0]], SHORT_FORM[parts[0]])[location[1]]
         name = entry.get("name") if isinstance(entry, Mapping) else None
-        tag_end = 2 if parts[0] == "duplicates" else 3  # after the kind of condition that pydantic chose
+        tag_end = 3 if parts[0] in ("conditions", "limits") else 2  # after the kind of condition that pydantic chose
         parts = [parts[0], str(name or location[1]), *parts[tag_end:]]
     return ".".join(parts) + ": " if parts else ""
 

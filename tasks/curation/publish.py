@@ -36,6 +36,7 @@ def publish(
     signals: Sequence[SignalRef],
     pairs: Sequence[PairsRef],
     *,
+    evaluation_pools: Sequence[PoolRef] = (),
     warehouse: Warehouse,
     blur_faces: bool = False,
 ) -> Outcome[SnapshotRef]:
@@ -53,7 +54,7 @@ def publish(
     check_name(dataset, "dataset")
     faces = _find_faces(signals) if blur_faces else None
     record = read_record(warehouse, decisions.record)
-    if record is None or decisions != decisions_ref(pool, policy, signals, pairs):
+    if record is None or decisions != decisions_ref(pool, policy, signals, pairs, evaluation_pools):
         raise EvidenceError(
             f"{decisions.folder} does not hold the decisions of policy {policy.name} on pool {pool.name} with these "
             "signals and pairs. Call decide with the same ones first."

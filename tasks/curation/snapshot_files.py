@@ -51,7 +51,8 @@ class SnapshotFiles:
     def write_decisions(self, verdicts: Verdicts) -> FileEntry:
         """Write the decisions on one shard."""
         table = verdicts.decisions
-        said = [pc.binary_join(table["failed"], ","), table["duplicate_of"], table["duplicate_rule"]]
+        names = ("duplicate_of", "duplicate_rule", "contaminated_by")
+        said = [pc.binary_join(table["failed"], ","), *(table[name] for name in names)]
         content = _digest(*said, table["duplicate_distance"].cast(pa.string()))  # what is kept follows from these
         identity = fingerprint([VERSION, verdicts.shard.name, content])
         path = f"snapshots/{self.dataset}/decisions/{identity}.parquet"

@@ -111,8 +111,9 @@ class Comparison:
             "",
         ]
         for keeps, rejects, reasons in (("a", "b", self.only_a), ("b", "a", self.only_b)):
-            lines += [f"| {keeps} keeps, {rejects} rejects for | samples |", "|:--|--:|"]
-            lines += [f"| {', '.join(names)} | {count:,} |" for names, count in reasons.items()] + [""]
+            if reasons:
+                lines += [f"| {keeps} keeps, {rejects} rejects for | samples |", "|:--|--:|"]
+                lines += [f"| {', '.join(names)} | {count:,} |" for names, count in reasons.items()] + [""]
         if self.groups:
             lines += ["| group | samples | kept by a | kept by b |", "|:--|--:|--:|--:|"]
             lines += [f"| {_cell(name)} | {samples:,} | {a:,} | {b:,} |" for name, samples, a, b in self.groups]
@@ -126,6 +127,7 @@ def compare(
     signals: Sequence[SignalRef],
     pairs: Sequence[PairsRef],
     *,
+    evaluation_pools: Sequence[PoolRef] = (),
     warehouse: Warehouse,
     by: str | None = None,
 ) -> Comparison:
@@ -133,7 +135,10 @@ def compare(
 
     Decisions made here are kept, so publishing by either policy finds them. Raises what `decide` raises.
     """
-    a, b = (decide(pool, policy, signals, pairs, warehouse=warehouse).ref for policy in (policy_a, policy_b))
+    a, b = (
+        decide(pool, policy, signals, pairs, evaluation_pools=evaluation_pools, warehouse=warehouse).ref
+        for policy in (policy_a, policy_b)
+    )
     columns = find_columns(pool, signals, warehouse=warehouse)
     with locked_connection() as connection:
         grouping = _grouping(connection, by, pa.schema([*columns.schema, *SAMPLE_COLUMNS]))

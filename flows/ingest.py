@@ -1,0 +1,25 @@
+"""Ingest: add a source to a pool without deciding anything, such as an evaluation set to decontaminate against."""
+
+from prefect import flow
+
+from flows.curate import Name, ingest_source
+from flows.steps import task_runner
+from storage.catalog import write_catalog
+from storage.refs import PoolRef
+from storage.warehouse import Warehouse
+
+
+@flow(name="ingest", task_runner=task_runner())
+def ingest(pool: Name, source: str, warehouse: str = "warehouse") -> PoolRef:
+    """Add the new samples of a source to a pool.
+
+    Args:
+        pool: Name of the pool.
+        source: Where the samples are: a folder, file, glob or URL of WebDataset tars, Parquet, JSONL, or a Hugging
+            Face dataset.
+        warehouse: Folder or URL of the warehouse.
+    """
+    store = Warehouse(warehouse)
+    samples = ingest_source(source, pool=pool, warehouse=store)
+    write_catalog(store)
+    return samples
