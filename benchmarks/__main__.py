@@ -19,7 +19,10 @@ BENCHMARKS = {
     "whatif": "What if: one threshold at twenty values by language, and two policies compared, on a million samples.",
     "demo": "`make demo` on two cores: from nothing, again, with another threshold, with 50 more samples.",
 }
-GPU_BENCHMARKS = {"gpu_qlora": "QLoRA from snapshot to merged model on one GPU."}
+GPU_BENCHMARKS = {
+    "gpu_qlora": "QLoRA from snapshot to merged model on one GPU, with six layers of the 31B's width.",
+    "gpu_semantic": "Semantic pairs on one GPU, beside those found without it.",
+}
 
 HEAD = """# Benchmarks
 
