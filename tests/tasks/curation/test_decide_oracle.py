@@ -73,10 +73,10 @@ class Case:
     @property
     def policy(self) -> Policy:
         conditions: dict[str, Any] = {
-            f"c{at}": {"top_fraction": given, "of": "clip_score"} if isinstance(given, float) else given
-            for at, given in enumerate(self.conditions)
+            f"c{at}": {"top_fraction": asked, "of": "clip_score"} if isinstance(asked, float) else asked
+            for at, asked in enumerate(self.conditions)
         }
-        parameters = {"least": 0.5} if any("$least" in str(given) for given in self.conditions) else {}
+        parameters = {"least": 0.5} if any("$least" in str(asked) for asked in self.conditions) else {}
         return Policy(name="p", parameters=parameters, conditions=conditions, duplicates=self.rules, prefer=self.prefer)  # type: ignore[arg-type]
 
     def distance(self, rule: DuplicateRule, one: str, other: str) -> float | None:
@@ -139,8 +139,8 @@ def expected(case: Case) -> dict[str, Verdict]:
         for s, r in case.rows.items()
     }
     failed: dict[str, list[str]] = {sample: [] for sample in rows}
-    for at, given in enumerate(case.conditions):
-        passing = top(rows, given) if isinstance(given, float) else {s for s, r in rows.items() if CONDITIONS[given](r)}
+    for at, asked in enumerate(case.conditions):
+        passing = top(rows, asked) if isinstance(asked, float) else {s for s, r in rows.items() if CONDITIONS[asked](r)}
         for sample in rows.keys() - passing:
             failed[sample].append(f"c{at}")
     candidates = [sample for sample in rows if not failed[sample]]
