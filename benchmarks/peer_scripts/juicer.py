@@ -1,6 +1,6 @@
 """The chain in Data-Juicer: its own operators, executor and export, with its cache of results as it is by default.
 
-Run by the Python of the peers' own environment: `python data_juicer.py SETTINGS RESULT`, both JSON files.
+Run by the Python of the peers' own environment: `python juicer.py SETTINGS RESULT`, both JSON files.
 """
 
 import json
@@ -30,7 +30,6 @@ def main(settings: dict, result: Path) -> None:
         "dataset_path": str(dataset),
         "export_path": str(folder / "kept.jsonl"),
         "np": len(os.sched_getaffinity(0)),
-        "op_fusion": settings["op_fusion"],
         "process": [
             {"words_num_filter": {"min_num": limits["words_min"]}},
             {"special_characters_filter": {"max_ratio": limits["special_max"]}},
