@@ -16,6 +16,7 @@ BENCHMARKS = {
     "pairs": "All pairs of 64-bit hashes that differ in at most 4 bits, against DuckDB and faiss; and in at most 10.",
     "semantic": "Near embeddings of 200k × 512, a tenth planted, against plain SemDeDup; and memory at 1M × 512.",
     "decide": "Decide by the default policy on a million samples: at first, with another threshold, again.",
+    "peers": "The same filters and survivors as Data-Juicer, a script of one's own, imagededup and CleanVision.",
     "demo": "`make demo` on two cores: from nothing, again, with another threshold, with 50 more samples.",
 }
 GPU_BENCHMARKS = {"gpu_qlora": "QLoRA from snapshot to merged model on one GPU."}

@@ -50,7 +50,7 @@ WORDS = ("a", "an", "the", "old", "red", "small", "river", "bridge", "garden", "
 
 PHASES = ("chain", "rethreshold", "one_percent")
 INSTALL_SECONDS = 900
-QUIET_LOAD, QUIET_SECONDS = 1.0, 240
+QUIET_LOAD = 1.0
 NOT_COMPARABLE = {
     "special characters": "Data-Juicer counts white space and digits among them, Tamis and the script do not; captions "
     "here are far from the limit by either count, so that the survivors are the same",
@@ -102,20 +102,21 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, help="where the peers are installed; a temporary folder if empty")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=240, help="seconds to wait for a quiet machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         environments = arguments.environments or Path(temporary, "environments")
         pythons, left_out = install(environments)
         pool = Pool(Path(temporary, "pool"), arguments.images)
         tools = available(pythons)
-        loads = [wait_until_quiet()]
+        loads = [wait_until_quiet(arguments.patience)]
         for number in range(arguments.rounds):
             for name, tool in tools.items():
                 if "chain" not in tool.phases and number:
                     continue  # part of the chain only, once
                 run_round(name, tool, pool, Path(temporary, f"{name}-{number}".replace(" ", "-")))
             loads.append(os.getloadavg()[0])
-        report(tools, pool, left_out, versions(pythons), loads)
+            report(tools, pool, left_out, versions(pythons), loads)
 
 
 def available(pythons: dict[str, str]) -> dict[str, Tool]:
@@ -238,9 +239,9 @@ def versions(pythons: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def wait_until_quiet() -> float:
-    """Wait some minutes for others to finish; returns the load then."""
-    deadline = time.monotonic() + QUIET_SECONDS
+def wait_until_quiet(seconds: float) -> float:
+    """Wait for what else the machine does to finish, so long at most; returns the load then."""
+    deadline = time.monotonic() + seconds
     while os.getloadavg()[0] > QUIET_LOAD and time.monotonic() < deadline:
         time.sleep(5)
     return os.getloadavg()[0]
@@ -275,6 +276,7 @@ def report(
         peers=peers,
         left_out=left_out or "none",
         not_comparable=NOT_COMPARABLE,
+        rounds=len(loads) - 1,
         load=[round(load, 2) for load in loads],
     )
 
