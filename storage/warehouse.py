@@ -46,6 +46,16 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def codecs(schema: pa.Schema) -> str | dict[str, str]:
+    """Return the compression of a Parquet file's columns: zstd, and none for image files, which have their own."""
+    if "image" not in schema.names:
+        return "zstd"
+    structs = [field for field in schema if pa.types.is_struct(field.type)]
+    columns = [field.name for field in schema if field not in structs]
+    columns += [f"{field.name}.{field.type.field(at).name}" for field in structs for at in range(field.type.num_fields)]
+    return {column: "none" if column == "image.bytes" else "zstd" for column in columns}
+
+
 @dataclass(frozen=True)
 class Warehouse:
     """Objects by relative path under `root`, a local folder or a URL that fsspec understands.
@@ -161,7 +171,7 @@ class Warehouse:
             self.remote.pipe_file(self._key(path), data)
 
     def write_table(self, path: str, table: pa.Table) -> None:
-        """Write a table as a Parquet object: zstd, row groups of about 64 MiB, same rows give the same bytes."""
+        """Write a table as a Parquet object: row groups of about 64 MiB, same rows give the same bytes."""
         row_bytes = max(1, table.nbytes // max(1, table.num_rows))
         rows = max(1, min(122_880, ROW_GROUP_BYTES // row_bytes))
         is_embedded = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
@@ -169,7 +179,7 @@ class Warehouse:
             pq.write_table(
                 table,
                 temporary,
-                compression="zstd",
+                compression=codecs(table.schema),
                 row_group_size=rows,
                 write_page_index=True,
                 use_dictionary=not is_embedded,  # embeddings repeat no numbers, and read four times faster without

@@ -17,7 +17,7 @@ from storage.refs import Outcome, PoolRef, ShardRef
 from storage.warehouse import Warehouse, check_name
 from tasks.curation.pool_writer import PoolWriter
 from tasks.curation.sources.contract import Format, Row, SourceFile
-from tasks.curation.sources.files import file_exists
+from tasks.curation.sources.files import image_is_there
 from tasks.curation.sources.find import find_source_files
 from tasks.curation.sources.read import read_rows
 
@@ -137,7 +137,7 @@ def _ledger_entry(file: SourceFile, pool: str, warehouse: Warehouse, shard_sampl
             return entry
         if not all(warehouse.exists(ShardRef(pool, name, 0).path) for name in record.result["shards"]):
             return entry
-        appeared = [path for path in record.result["missing"] if file_exists(path)]
+        appeared = [path for path in record.result["missing"] if image_is_there(path)]
         if not appeared:
             return _ingested(record)
         found += appeared

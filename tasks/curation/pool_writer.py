@@ -19,10 +19,9 @@ from storage.refs import ShardRef
 from storage.warehouse import TEMPORARY, Warehouse
 from tasks.curation.image_check import check_image
 from tasks.curation.known_ids import KnownIds
+from tasks.curation.quarantine import quarantine_row
 from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Fault, RawSample, Reason, Row, RowError
 from tasks.curation.sources.text import caption_text, metadata_json, valid_text
-
-MAX_DETAIL_CHARACTERS = 500
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class PoolWriter:
                 samples[identifier] = sample
             except RowError as error:
                 faults.append(Fault.of(error, key=row.key, member=row.member, data=row.data))
-        self._write_faults([_quarantine_row(fault, path) for fault in faults])
+        self._write_faults([quarantine_row(fault, path) for fault in faults])
         shard = self._write_samples(samples)
         known += len(samples) - (shard.rows if shard else 0)
         missing = frozenset(fault.missing_path for fault in faults if fault.missing_path is not None)
@@ -148,20 +147,6 @@ def _sample(raw: RawSample, path: str) -> dict[str, Any]:
         "url": raw.url and valid_text(raw.url),
         "source": {"path": valid_text(path), "member": valid_text(raw.member)},
         "metadata": metadata_json(raw.metadata),
-    }
-
-
-def _quarantine_row(fault: Fault, path: str) -> dict[str, Any]:
-    digest = None if fault.data is None else hashlib.sha256(fault.data).hexdigest()
-    source = {"path": valid_text(path), "member": valid_text(fault.member)}
-    return {
-        "quarantine_id": _hash_of([canonical_json([source, fault.reason.value, digest])]),
-        "key": None if fault.key is None else valid_text(fault.key),
-        "source": source,
-        "reason": fault.reason.value,
-        "detail": valid_text(fault.detail)[:MAX_DETAIL_CHARACTERS],
-        "digest": digest,
-        "size": None if fault.data is None else len(fault.data),
     }
 
 

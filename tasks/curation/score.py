@@ -1,6 +1,5 @@
 """Score: measures what a warehouse does not hold yet of some signals, for one shard, with one decode an image."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage import schema
-from storage.fingerprint import canonical_json
 from storage.record import Record, write_record
 from storage.refs import Outcome, ShardRef, SignalRef
 from storage.warehouse import Warehouse
 from tasks.curation import batch
 from tasks.curation.batch import Batch, Needs, read_batches
 from tasks.curation.image_check import check_image
+from tasks.curation.quarantine import quarantine_row
 from tasks.curation.signals.contract import Signal
-from tasks.curation.sources.contract import Reason, RowError
+from tasks.curation.sources.contract import Fault, Reason, RowError
 
 CAPTION_ROWS = 8_192
 """Samples in a batch for signals that look at no image."""
@@ -31,7 +30,6 @@ SOURCE_ROWS = 1_024
 Failure = tuple[bytes, Exception]
 """An image that can't be decoded, and why."""
 
-_MAX_DETAIL_CHARACTERS = 500
 _LIBRARIES = ("pillow", "simplejpeg", "scipy", "onnxruntime", "open_clip_torch", "torch", "opencv-python-headless")
 
 logger = logging.getLogger(__name__)
@@ -148,31 +146,17 @@ def _quarantine(shard: ShardRef, failed: Mapping[str, Failure], warehouse: Wareh
     logger.warning("shard %s/%s: can't decode %s", shard.pool, shard.name, ", ".join(failed))
     samples = warehouse.read_table(shard.path, ["sample_id", "key", "source"])
     rows = [
-        _quarantine_row(sample, *failed[sample["sample_id"]])
+        quarantine_row(_fault(sample, *failed[sample["sample_id"]]), sample["source"]["path"])
         for sample in samples.filter(pc.is_in(samples["sample_id"], pa.array(list(failed)))).to_pylist()
     ]
     path = f"quarantine/{shard.pool}/undecodable-{shard.name}.parquet"
     warehouse.write_table(path, pa.Table.from_pylist(rows, schema.QUARANTINE))
 
 
-def _quarantine_row(sample: Mapping[str, Any], data: bytes, error: Exception) -> dict[str, Any]:
-    reason, detail = _reason(data, error)
-    digest = hashlib.sha256(data).hexdigest()
-    identity = canonical_json([sample["source"], reason.value, digest])
-    return {
-        "quarantine_id": hashlib.sha256(identity.encode()).hexdigest()[:32],
-        "key": sample["key"],
-        "source": sample["source"],
-        "reason": reason.value,
-        "detail": detail[:_MAX_DETAIL_CHARACTERS],
-        "digest": digest,
-        "size": len(data),
-    }
-
-
-def _reason(data: bytes, error: Exception) -> tuple[Reason, str]:
+def _fault(sample: Mapping[str, Any], data: bytes, error: Exception) -> Fault:
     try:
         check_image(data)
-    except RowError as found:
-        return found.reason, found.detail
-    return Reason.CORRUPT, f"{type(error).__name__}: {error}"
+        found = RowError(Reason.CORRUPT, f"{type(error).__name__}: {error}")
+    except RowError as damage:
+        found = damage
+    return Fault.of(found, key=sample["key"], member=sample["source"]["member"], data=data)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import s3fs
 
+from storage.schema import SAMPLES
 from storage.warehouse import TEMPORARY, Warehouse, WarehouseError, check_name
 
 
@@ -23,6 +24,17 @@ def test_what_is_written_reads_back(warehouse: Warehouse) -> None:
     assert warehouse.read_table("signals/size/x.parquet", ["width"]).column_names == ["width"]
     assert warehouse.names("signals") == ["size"]
     assert warehouse.names("signals/size") == ["x.parquet"]
+
+
+def test_image_files_are_not_compressed_again_and_all_else_is(warehouse: Warehouse) -> None:
+    row = {"sample_id": "a", "image": {"bytes": b"\xff\xd8", "path": "a.jpg"}, "caption": "a dog"}
+    table = pa.Table.from_pylist([row], SAMPLES)
+    warehouse.write_table("pools/p/x.parquet", table)
+    with warehouse.open_parquet("pools/p/x.parquet") as parquet:
+        group = parquet.metadata.row_group(0)
+        found = {group.column(at).path_in_schema: group.column(at).compression for at in range(group.num_columns)}
+    assert {column for column, codec in found.items() if codec != "ZSTD"} == {"image.bytes"}
+    assert warehouse.read_table("pools/p/x.parquet").equals(table)
 
 
 def test_a_missing_object_is_an_error_and_a_missing_folder_is_empty(warehouse: Warehouse) -> None:

@@ -34,6 +34,8 @@ def batch_rows(batch: pa.RecordBatch, columns: Columns, images: ImageFolder, fir
             image = images.read(path) if data[index] is None and path else data[index]
             if image is None:
                 raise _absence(fields)
+            if not isinstance(image, bytes):
+                raise RowError(Reason.NOT_AN_IMAGE, f"the image is a {type(image).__name__}")
         except RowError as error:
             return Fault.of(error, key=key, member=member)
         name = path.rsplit("/", 1)[-1] if path else None
@@ -44,10 +46,13 @@ def batch_rows(batch: pa.RecordBatch, columns: Columns, images: ImageFolder, fir
     yield from read_ahead(rows, read) if by_path else map(read, rows)
 
 
-def _images(column: pa.Array) -> tuple[list[bytes | None], list[str | None]]:
-    """Return bytes and path of each image: from structs of both, from bytes alone, or from paths alone."""
+def _images(column: pa.Array) -> tuple[list[Any], list[str | None]]:
+    """Return bytes and path of each image: from structs of both, from bytes alone, or from paths alone.
+
+    In place of the bytes there is what a column of another type holds.
+    """
     nothing: list[Any] = [None] * len(column)
-    if pa.types.is_struct(column.type):
+    if arrow_kind(column.type) == "image":
         return _values(pc.struct_field(column, "bytes")), _values(pc.struct_field(column, "path"))
     if arrow_kind(column.type) == "text":
         return nothing, _values(column)

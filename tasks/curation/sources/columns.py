@@ -34,7 +34,8 @@ class Columns:
 def choose_columns(kinds: Mapping[str, Kind], layout: Layout, where: str) -> Columns:
     """Return the columns the user named, or else those that their types and usual names single out.
 
-    `kinds` has every column in order. Raises `SourceError`, naming the columns, where none or several fit.
+    `kinds` has every column in order. An image or caption column of the usual name and a wrong type is taken too, and
+    then every row is at fault, not the source. Raises `SourceError`, naming the columns, where none or several fit.
     """
     listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
     for option in ("image_column", "caption_column", "key_column"):
@@ -53,10 +54,12 @@ def choose_columns(kinds: Mapping[str, Kind], layout: Layout, where: str) -> Col
         return None
 
     texts = [name for name, kind in kinds.items() if kind == "text"]
+    untyped = [name for name, kind in kinds.items() if kind in ("number", "other")]
     inline = [name for name, kind in kinds.items() if kind in ("bytes", "image")]
     image = layout.image_column or choose("image", inline, IMAGE_NAMES)
     image = image or (inline[0] if len(inline) == 1 else choose("image", texts, PATH_NAMES))
-    if image is None or kinds[image] not in ("bytes", "image", "text"):
+    image = image or choose("image", untyped, IMAGE_NAMES + PATH_NAMES[:2])
+    if image is None or (layout.image_column and image in untyped):
         raise SourceError(
             f"{where}: {'found no image column' if image is None else f'{image!r} can not hold images'}. Give "
             f"image_column: one with bytes, with structs of bytes and path, or with paths. Columns: {listing}."
@@ -64,6 +67,7 @@ def choose_columns(kinds: Mapping[str, Kind], layout: Layout, where: str) -> Col
     key = layout.key_column or choose("key", [n for n, k in kinds.items() if k in ("text", "number")], KEY_NAMES)
     url = choose("url", texts, URL_NAMES)
     caption = layout.caption_column or choose("caption", [n for n in texts if n != image], CAPTION_NAMES)
+    caption = caption or choose("caption", [n for n in kinds if n != image], CAPTION_NAMES[:1])
     if caption is None:
         named = {name for names in (PATH_NAMES, KEY_NAMES, URL_NAMES) for row in names for name in row}
         left = [name for name in texts if name not in (image, key, url) and name.lower() not in named]

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import posixpath
 import stat
 from collections import deque
@@ -49,6 +50,11 @@ def file_exists(uri: str) -> bool:
     filesystem, path = fsspec.core.url_to_fs(uri)
     filesystem.invalidate_cache(parent_folder(path))
     return bool(filesystem.exists(path))
+
+
+def image_is_there(uri: str) -> bool:
+    """Whether an image file at a local path or URL can be read now: a folder or a pipe of its name is none."""
+    return Path(uri).is_file() and os.access(uri, os.R_OK) if is_local(uri) else file_exists(uri)
 
 
 class ImageFolder:

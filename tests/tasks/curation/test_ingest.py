@@ -351,6 +351,16 @@ def test_the_same_key_with_other_content_is_another_sample_and_the_same_content_
     assert stored == sorted([*rows[:3], ("other", picture(0), "x")])
 
 
+def test_a_folder_or_a_pipe_in_an_images_place_is_not_taken_for_one_that_came_later(
+    source: Path, warehouse: Warehouse
+) -> None:
+    (source / "folder.jpg").mkdir()
+    os.mkfifo(source / "pipe.jpg")
+    lines = [{"key": name, "image_path": f"{name}.jpg", "caption": "x"} for name in ("folder", "pipe", "nothing")]
+    file = find_source_files(str(write_lines(source / "a.jsonl", lines)))[0]
+    assert [ingest_file(file, pool="p", warehouse=warehouse).cached for _ in range(3)] == [False, True, True]
+
+
 def test_an_image_file_that_comes_later_is_added_then(source: Path, warehouse: Warehouse) -> None:
     write_jsonl(source / "a.jsonl", pairs(3))
     for name in ("000000001", "000000002"):

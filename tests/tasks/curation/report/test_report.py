@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tasks.curation.report import write_report
 from tasks.curation.report.pictures import SIDE, thumbnail
 from tests.tasks.curation.handmade import write_pairs, write_pool, write_signals
 from tests.tasks.curation.images import encoded, photograph
+from tests.tasks.curation.report.page import Page
 
 POLICY = Policy.model_validate(
     {
@@ -32,25 +32,6 @@ POLICY = Policy.model_validate(
     }
 )
 HOSTILE = "</figure><script>alert(1)</script><img src=x onerror='alert(2)'>\u202e\0{{ 7 * 7 }}"
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, Any]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture

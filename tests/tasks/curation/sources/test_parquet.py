@@ -114,6 +114,24 @@ def test_columns_that_can_not_be_told_apart_are_an_error_that_names_them(
         rows(write(tmp_path / "a.parquet", **columns))
 
 
+@pytest.mark.parametrize(
+    ("columns", "caption"),
+    [({"caption": [7], "license": ["cc0"]}, 7), ({"caption": [["x", "y"]]}, ["x", "y"]), ({"caption": [b"x"]}, b"x")],
+)
+def test_a_caption_column_of_another_type_is_the_caption_all_the_same(
+    tmp_path: Path, columns: dict[str, object], caption: object
+) -> None:
+    (row,) = rows(write(tmp_path / "a.parquet", jpg=[IMAGE], **columns))
+    assert isinstance(row, RawSample)
+    assert row.caption == caption
+
+
+@pytest.mark.parametrize("image", [7, {"url": "https://example.org"}, [1.5]])
+def test_an_image_column_of_another_type_is_a_fault_a_row(tmp_path: Path, image: object) -> None:
+    faults = rows(write(tmp_path / "a.parquet", jpg=[image, None], caption=["x", "y"]))
+    assert [fault.reason for fault in faults if isinstance(fault, Fault)] == ["not_an_image", "missing_image"]
+
+
 @pytest.mark.parametrize("option", ["image_column", "caption_column", "key_column"])
 def test_a_named_column_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path: Path, option: str) -> None:
     path = write(tmp_path / "a.parquet", jpg=[IMAGE], caption=["x"])
