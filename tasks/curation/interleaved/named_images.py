@@ -39,7 +39,6 @@ class ImageArchive:
         try:
             with tarfile.open(fileobj=raw, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # tarfile would keep a record of every member
                     if member.isreg() and not member.issparse():
                         self._places[member.name.removeprefix("./")] = (member.offset_data, member.size)
         except tarfile.TarError as error:

@@ -58,10 +58,20 @@ def measure_similarity(shard: DocumentShardRef, clip: Clip, *, warehouse: Wareho
         warehouse, f"{ref.folder}/signal.json", Record("signal", ref.fingerprint, {"clip": clip.ref.fingerprint}, {})
     )
     measured = warehouse.read_table(clip.ref.table(images), ["sample_id", "image_embedding"]).combine_chunks()
-    found = _Embeddings.read(measured)
-    rows: dict[str, dict[str, Any]] = {}
-    for document in warehouse.read_table(shard.path, ["segments"])["segments"].to_pylist():
-        rows |= _of_document(document, found, clip)
+    found = _Embeddings(measured)
+    documents = warehouse.read_table(shard.path, ["segments"])["segments"].to_pylist()
+    illustrated = [segments for segments in documents if any(found.has(segment["sample_id"]) for segment in segments)]
+    texts = _embedded(
+        clip, [segment["text"] for segments in illustrated for segment in segments if segment["text"] is not None]
+    )
+    rows: dict[str, dict[str, Any]] = {name: {"sample_id": name} for name in found.ids}
+    begin = 0
+    for segments in illustrated:
+        positions = [at for at, segment in enumerate(segments) if segment["text"] is not None]
+        own = texts[begin : begin + len(positions)]
+        begin += len(positions)
+        for name in filter(found.has, (segment["sample_id"] for segment in segments)):
+            rows[name] |= _row(found.of(name) @ own.T, positions)
     table = pa.Table.from_pylist([rows[name] for name in found.ids], pa.schema([SAMPLE_ID, *COLUMNS]))
     warehouse.write_table(ref.table(images), table)
     return Outcome(ref, cached=False)
@@ -70,36 +80,32 @@ def measure_similarity(shard: DocumentShardRef, clip: Clip, *, warehouse: Wareho
 class _Embeddings:
     """Image embeddings by sample."""
 
-    def __init__(self, ids: list[str], vectors: Vectors, place: npt.NDArray[np.int64]) -> None:
-        self.ids, self.vectors = ids, vectors
-        self.place = dict(zip(ids, place.tolist(), strict=True))
-
-    @classmethod
-    def read(cls, table: pa.Table) -> "_Embeddings":
+    def __init__(self, table: pa.Table) -> None:
         batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
-        vectors, usable = stored_embeddings(batches[0])
-        return cls(table["sample_id"].to_pylist(), vectors, np.where(usable, np.cumsum(usable) - 1, -1))
+        self.ids: list[str] = table["sample_id"].to_pylist()
+        self._vectors, usable = stored_embeddings(batches[0])
+        names = [name for name, is_usable in zip(self.ids, usable.tolist(), strict=True) if is_usable]
+        self._place = {name: at for at, name in enumerate(names)}
+
+    def has(self, sample_id: str | None) -> bool:
+        return sample_id in self._place
+
+    def of(self, sample_id: str) -> Vectors:
+        vector: Vectors = self._vectors[self._place[sample_id]]
+        return vector
 
 
-def _of_document(segments: list[dict[str, Any]], found: _Embeddings, clip: Clip) -> dict[str, dict[str, Any]]:
-    """The rows of one document's images by sample."""
-    images = [segment["sample_id"] for segment in segments if segment["sample_id"]]
-    positions = [at for at, segment in enumerate(segments) if segment["kind"] == "text"]
-    rows: dict[str, dict[str, Any]] = {name: {"sample_id": name} for name in images}
-    seen = [name for name in images if found.place[name] >= 0]
-    if not seen:
-        return rows
-    texts = [segments[at]["text"] for at in positions]
+def _embedded(clip: Clip, texts: list[str]) -> Vectors:
     parts = [clip.embed_texts(texts[at : at + TEXTS]) for at in range(0, len(texts), TEXTS)]
-    cosines = found.vectors[[found.place[name] for name in seen]] @ np.concatenate(parts).T if parts else None
-    for at, name in enumerate(seen):
-        if cosines is None:
-            rows[name] |= {"text_similarity": []}
-            continue
-        best = int(cosines[at].argmax())
-        rows[name] |= {
-            "best_similarity": float(cosines[at, best]),
-            "best_text": positions[best],
-            "text_similarity": cosines[at].tolist(),
-        }
-    return rows
+    return np.concatenate([np.empty((0, clip.checkpoint.embedding_size), np.float32), *parts])
+
+
+def _row(cosines: Vectors, positions: list[int]) -> dict[str, Any]:
+    if not positions:
+        return {"text_similarity": []}
+    best = int(cosines.argmax())
+    return {
+        "best_similarity": float(cosines[best]),
+        "best_text": positions[best],
+        "text_similarity": cosines.tolist(),
+    }
