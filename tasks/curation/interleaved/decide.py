@@ -1,6 +1,6 @@
 """Deciding on documents: which segments and documents stay, all reasons, and what is published in which order.
 
-Nothing is measured here: images were decided on as samples, texts and similarities are in their tables.
+Images were decided on as samples; texts and similarities are in their tables.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,18 @@ from storage.refs import (
     Outcome,
     ShardRef,
     SignalRef,
-    TextSignalRef,
 )
 from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import Expression, PolicyError, evaluate, locked_connection
 from tasks.curation.decide import failed_names
-from tasks.curation.funnel import count_funnel
+from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.interleaved.document_columns import document_columns
 from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
-from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy, kept_columns
-from tasks.curation.interleaved.texts import PLACE, read_texts
+from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy
+from tasks.curation.interleaved.texts import measure_whole, read_texts, text_columns, text_refs
+from tasks.curation.signals.contract import Signal
 
 VERSION = 1
 
@@ -43,15 +44,15 @@ def decide_documents(
     policy: DocumentPolicy,
     images: DecisionsRef,
     signals: Sequence[SignalRef],
-    texts: Sequence[TextSignalRef],
+    texts: Sequence[Signal],
     *,
     warehouse: Warehouse,
 ) -> Outcome[DocumentDecisionsRef]:
     """Apply `policy` to every document, and write decisions on segments and on documents, one table each a shard.
 
-    `images` are the decisions of `policy.image_policy` on the images, made from `signals`; `texts` the text signals.
-    Text signals of the whole text count all segments, also those that are left out; columns that begin with `kept`
-    count what stays. The record holds the funnels.
+    `images` are the decisions of `policy.image_policy` on the images, made from `signals`; `texts` the text signals,
+    measured of every segment. Documents are judged by what stays of them: of its text the signals are measured here,
+    unless they were before, and stand beside the decisions. The record holds the funnels.
 
     Raises `PolicyError` if the policy does not fit the signals, and `EvidenceError` if something was not measured.
     """
@@ -59,8 +60,7 @@ def decide_documents(
     if read_record(warehouse, ref.record) is not None:
         return Outcome(ref, cached=True)
     measured = find_columns(documents.images, signals, warehouse=warehouse).schema
-    first = read_texts(documents.shards[0], texts, warehouse=warehouse)
-    checked = policy.check(measured, pa.schema(list(first.schema)[len(PLACE) :]))
+    checked = policy.check(measured, text_columns(texts))
     similarity = _similarity(signals) if policy.order == "matched" else None
     judge = _Judge(checked, images, texts, similarity, warehouse)
     parts, text_bits = [], []
@@ -70,7 +70,7 @@ def decide_documents(
             warehouse.write_table(ref.nodes(shard), judged.nodes)
             parts.append(judged.documents)
             text_bits.append(judged.text_bits)
-    funnel = _write_documents(ref, documents, checked, parts, warehouse)
+    funnel = _write_documents(ref, documents, checked, parts, texts, warehouse)
     of_texts = count_funnel(
         f"{policy.name}: texts",
         conditions=[(condition.name, condition.sql) for condition in policy.texts],
@@ -91,7 +91,7 @@ def document_decisions_ref(
     policy: DocumentPolicy,
     images: DecisionsRef,
     signals: Sequence[SignalRef],
-    texts: Sequence[TextSignalRef],
+    texts: Sequence[Signal],
 ) -> DocumentDecisionsRef:
     """Return where the decisions on these inputs lie, whether they were made yet or not."""
     identity = fingerprint(_depends_on(documents, policy, images, signals, texts))
@@ -103,14 +103,14 @@ def _depends_on(
     policy: DocumentPolicy,
     images: DecisionsRef,
     signals: Sequence[SignalRef],
-    texts: Sequence[TextSignalRef],
+    texts: Sequence[Signal],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     config = {"version": VERSION, "policy": policy.model_dump(mode="json")}
     inputs = {
         "documents": documents.fingerprint,
         "images": images.fingerprint,
         "signals": [[signal.signal, signal.fingerprint] for signal in signals],
-        "texts": [[signal.signal, signal.fingerprint] for signal in texts],
+        "texts": [[signal.signal, signal.fingerprint] for signal in text_refs(texts)],
     }
     return config, inputs
 
@@ -129,7 +129,7 @@ def _similarity(signals: Sequence[SignalRef]) -> SignalRef:
 class _Judged:
     """A shard's decisions on segments, what is known of its documents, and the texts' failed conditions as bits.
 
-    `documents` has the columns of document conditions, `failed` (bits) and what the policy prefers by (`by0`, …).
+    `documents` has what goes into the decisions, `failed` as bits, and what the policy prefers by (`by0`, …).
     """
 
     nodes: pa.Table
@@ -141,7 +141,7 @@ class _Judged:
 class _Judge:
     checked: CheckedDocumentPolicy
     images: DecisionsRef
-    texts: Sequence[TextSignalRef]
+    texts: Sequence[Signal]
     similarity: SignalRef | None
     warehouse: Warehouse
 
@@ -150,11 +150,7 @@ class _Judge:
         policy = self.checked.policy
         documents = self.warehouse.read_table(shard.path)
         rows = documents.to_pylist()
-        measured = read_texts(shard, self.texts, warehouse=self.warehouse)
-        is_segment = measured["position"].is_valid()
-        segments = measured.filter(is_segment)
-        said = [segment["text"] for row in rows for segment in row["segments"] if segment["kind"] == "text"]
-        segments = segments.append_column("text", pa.array(said, pa.string()))
+        segments = read_texts(shard, self.texts, warehouse=self.warehouse)
         bits = self._failed(connection, self.checked.texts, segments)
         failed = iter(failed_names(bits, [condition.name for condition in policy.texts]).to_pylist())
         images = self._images(shard)
@@ -164,9 +160,13 @@ class _Judge:
             own = [next(failed) for segment in row["segments"] if segment["kind"] == "text"]
             nodes += judge_segments(row, images, own, placement)
         decided = pa.Table.from_pylist(nodes, NODE_DECISIONS)
-        known = _known(documents, decided, segments, measured.filter(pc.invert(is_segment)))
+        whole = measure_whole(shard, decided, self.texts, warehouse=self.warehouse)
+        known = document_columns(documents, decided, whole)
         verdict = pa.array(self._failed(connection, self.checked.documents, known))
         preferred = self._evaluate(connection, self.checked.prefer, known)
+        known = known.select(
+            ["text_digest", *(name for name in DOCUMENT_DECISIONS.names if name in known.column_names)]
+        )
         for at in range(len(self.checked.prefer)):
             known = known.append_column(f"by{at}", preferred.column(at))
         return _Judged(decided, known.append_column("failed", verdict), bits)
@@ -208,43 +208,6 @@ class _Judge:
             ) from None
 
 
-def _known(documents: pa.Table, nodes: pa.Table, segments: pa.Table, whole: pa.Table) -> pa.Table:
-    """What document conditions may look at, a row a document: its own columns, its whole text's, and counts of nodes."""
-    summed = kept_columns(pa.schema(list(segments.schema)[len(PLACE) : -1])).names
-    with duckdb.connect() as connection:
-        for name, table in (("documents", documents), ("nodes", nodes), ("segments", segments)):
-            connection.register(name, table)
-        sums = "".join(f', coalesce(sum("{name.removeprefix("kept_")}"), 0)::BIGINT AS "{name}"' for name in summed)
-        counted = connection.execute(f"""
-            WITH counts AS (
-                SELECT document_id, count(*) FILTER (kind = 'text') AS texts,
-                       count(*) FILTER (kind = 'image') AS images,
-                       count(*) FILTER (kind = 'image' AND sample_id IS NULL) AS missing_images,
-                       count(*) FILTER (kind = 'text' AND kept) AS kept_texts,
-                       count(*) FILTER (kind = 'image' AND kept) AS kept_images
-                FROM nodes GROUP BY document_id
-            ), sums AS (
-                SELECT document_id{sums} FROM segments
-                JOIN (SELECT document_id, position FROM nodes WHERE kept AND kind = 'text') USING (document_id, position)
-                GROUP BY document_id
-            )
-            SELECT document_id, texts::INTEGER AS texts, images::INTEGER AS images,
-                   missing_images::INTEGER AS missing_images,
-                   (missing_images / greatest(images, 1))::FLOAT AS missing_share,
-                   kept_texts::INTEGER AS kept_texts, kept_images::INTEGER AS kept_images
-                   {"".join(f', coalesce("{name}", 0) AS "{name}"' for name in summed)}
-            FROM documents JOIN counts USING (document_id) LEFT JOIN sums USING (document_id)
-        """).to_arrow_table()
-    place = pc.index_in(documents["document_id"], value_set=counted["document_id"].combine_chunks())
-    counted = counted.take(place)
-    table = documents.select(["document_id", "key", "text_digest", "metadata"])
-    for source in (counted, whole.drop_columns(PLACE.names)):
-        for name in source.column_names:
-            if name != "document_id":
-                table = table.append_column(name, source[name])
-    return table
-
-
 # -- all documents --------------------------------------------------------------------------------------------
 
 
@@ -253,8 +216,9 @@ def _write_documents(
     documents: DocumentsRef,
     checked: CheckedDocumentPolicy,
     parts: Sequence[pa.Table],
+    texts: Sequence[Signal],
     warehouse: Warehouse,
-) -> Any:
+) -> Funnel:
     """Let equal documents choose one among them, write the decisions on documents, and return their funnel."""
     policy = checked.policy
     names = [condition.name for condition in policy.documents]
@@ -265,13 +229,14 @@ def _write_documents(
     for shard, part in zip(documents.shards, parts, strict=True):
         rows = slice(begin, begin := begin + len(part))
         columns = {
-            **{name: part[name] for name in DOCUMENT_DECISIONS.names if name in part.column_names},
+            **{name: part[name] for name in part.column_names},
             "kept": pa.array([bits == 0 and s is None for bits, s in zip(failed[rows], survivors[rows], strict=True)]),
             "failed": failed_names(failed[rows], names),
             "duplicate_of": pa.array(survivors[rows], pa.string()),
             "duplicate_rule": pa.array(rules[rows], pa.string()),
         }
-        table = pa.table([columns[name] for name in DOCUMENT_DECISIONS.names], schema=DOCUMENT_DECISIONS)
+        schema = pa.schema([*DOCUMENT_DECISIONS, *text_columns(texts)])
+        table = pa.table([columns[name] for name in schema.names], schema=schema)
         warehouse.write_table(ref.documents(shard), table)
     return count_funnel(
         policy.name,

@@ -13,8 +13,9 @@ from typing import Any, Literal, Self
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from storage.schema import DOCUMENT_DECISIONS, DOCUMENTS
+from storage.schema import DOCUMENTS
 from tasks.curation.conditions import Expression, PolicyError, Value, check_expression, locked_connection
+from tasks.curation.interleaved.document_columns import COUNTS
 from tasks.curation.policy import (
     Amount,
     AnyCondition,
@@ -34,9 +35,8 @@ MISSING, UNMATCHED = "missing", "unmatched"
 TEXT = pa.field("text", pa.string())
 """A column of text conditions beside the text signals'."""
 
-COUNTS = pa.schema([DOCUMENT_DECISIONS.field(at) for at in range(6, len(DOCUMENT_DECISIONS))])
 DOCUMENT_COLUMNS = pa.schema([*COUNTS, *(DOCUMENTS.field(name) for name in ("key", "text_digest", "metadata"))])
-"""Columns of document conditions beside those that text signals have for the whole text."""
+"""Columns of document conditions beside the text signals' for what stays of the text."""
 
 
 class _Choice(BaseModel):
@@ -140,6 +140,10 @@ class DocumentPolicy(_Choice):
         parameters = self._as_policy().with_parameters(values).parameters
         return _validated(self.model_dump() | {"parameters": parameters}, self.origin, self._origin)
 
+    def with_order(self, order: Literal["dom", "matched"] | None) -> "DocumentPolicy":
+        """Return the policy with another order, or itself for None."""
+        return _validated(self.model_dump() | {"order": order or self.order}, self.origin, self._origin)
+
     def check(self, images: pa.Schema, texts: pa.Schema) -> "CheckedDocumentPolicy":
         """Return the policy as checked against the columns of the images' and the texts' signals.
 
@@ -147,7 +151,7 @@ class DocumentPolicy(_Choice):
         """
         of_images = self.image_policy.check(images)
         of_texts = pa.schema([*texts, TEXT])
-        of_documents = pa.schema([*texts, *kept_columns(texts), *DOCUMENT_COLUMNS])
+        of_documents = pa.schema([*texts, *DOCUMENT_COLUMNS])
         with locked_connection() as connection:
 
             def checked(what: str, sql: str, columns: pa.Schema) -> Expression:
@@ -201,11 +205,6 @@ class CheckedDocumentPolicy:
     documents: tuple[Expression, ...]
     prefer: tuple[Expression, ...]
     descending: tuple[bool, ...]
-
-
-def kept_columns(texts: pa.Schema) -> pa.Schema:
-    """Return the columns that sum whole numbers of text signals over the texts that stay: `kept_letter_words`, …."""
-    return pa.schema([pa.field(f"kept_{c.name}", pa.int64()) for c in texts if pa.types.is_integer(c.type)])
 
 
 def load_document_policy(path: str | Path) -> DocumentPolicy:
