@@ -164,9 +164,7 @@ class _Judge:
         known = document_columns(documents, decided, whole)
         verdict = pa.array(self._failed(connection, self.checked.documents, known))
         preferred = self._evaluate(connection, self.checked.prefer, known)
-        known = known.select(
-            ["text_digest", *(name for name in DOCUMENT_DECISIONS.names if name in known.column_names)]
-        )
+        known = known.drop_columns("metadata")
         for at in range(len(self.checked.prefer)):
             known = known.append_column(f"by{at}", preferred.column(at))
         return _Judged(decided, known.append_column("failed", verdict), bits)
