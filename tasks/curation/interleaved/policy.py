@@ -150,8 +150,9 @@ class DocumentPolicy(_Choice):
         Raises `PolicyError`, naming the condition, as `Policy.check` does.
         """
         of_images = self.image_policy.check(images)
-        of_texts = pa.schema([*texts, TEXT])
-        of_documents = pa.schema([*texts, *DOCUMENT_COLUMNS])
+        offered = [column for column in texts if not pa.types.is_nested(column.type)]
+        of_texts = pa.schema([*offered, TEXT])
+        of_documents = pa.schema([*offered, *DOCUMENT_COLUMNS])
         with locked_connection() as connection:
 
             def checked(what: str, sql: str, columns: pa.Schema) -> Expression:
