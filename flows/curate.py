@@ -212,7 +212,12 @@ def check_policy(policy: Policy, signals: list[Signal]) -> None:
     columns = [column for signal in signals for column in signal.columns]
     kinds = policy.reach()
     policy.check(pa.schema([*columns, *CLUSTER_COLUMNS] if SEMANTIC in kinds else columns))
-    for kind in kinds:
+    check_pairs(policy, signals)
+
+
+def check_pairs(policy: Policy, signals: list[Signal]) -> None:
+    """Raise `PolicyError` if the policy's duplicate rules need a signal that will not be measured."""
+    for kind in policy.reach():
         if kind not in MEASURED_BY:
             raise PolicyError(f"{policy.origin}: there are no pairs of kind {kind!r}. Kinds: {', '.join(MEASURED_BY)}.")
         if MEASURED_BY[kind] not in {signal.name for signal in signals}:

@@ -26,10 +26,10 @@ STORAGE_VERSION = "v1.0.0"
 def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB connection in memory with the catalog's views.
 
-    The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, snapshots, differences, runs,
-    evaluations, merges and lineage. `decisions` and `curated` show the latest snapshot of each dataset as of this
-    call; `signals` has one row a sample with the columns of every signal (the newest measurement of each name;
-    embeddings apart).
+    The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, documents, document_decisions,
+    node_decisions, interleaved, snapshots, differences, runs, evaluations, merges and lineage. Decisions and what was
+    published are those of the latest snapshot of each dataset as of this call; `signals` has one row a sample with the
+    columns of every signal (the newest measurement of each name; embeddings apart).
     """
     connection = duckdb.connect()
     if not warehouse.is_local:
@@ -74,6 +74,12 @@ def view_statements(warehouse: Warehouse) -> list[str]:
         "pairs": _folder_view(warehouse, "pairs", schema.PAIRS, {"kind": -2}),
         "decisions": _of_snapshots(warehouse, [(m, m.decisions) for m in newest], schema.DECISIONS),
         "curated": _of_snapshots(warehouse, [(m, m.curated) for m in newest], schema.CURATED),
+        "documents": _folder_view(warehouse, "documents", schema.DOCUMENTS, {"pool": -2, "shard": -1}),
+        "document_decisions": _of_snapshots(
+            warehouse, [(m, m.document_decisions) for m in newest], schema.DOCUMENT_DECISIONS
+        ),
+        "node_decisions": _of_snapshots(warehouse, [(m, m.node_decisions) for m in newest], schema.NODE_DECISIONS),
+        "interleaved": _of_snapshots(warehouse, [(m, m.documents) for m in newest], schema.INTERLEAVED),
         "snapshots": _snapshots(manifests),
         "differences": _differences(warehouse, manifests),
         "runs": _record_view(warehouse, "runs", "run.parquet", schema.RUNS),
@@ -145,8 +151,8 @@ def _snapshots(manifests: list[Manifest]) -> str:
         f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, "
         f"{m.parent or 'NULL'}::BIGINT AS parent, {_quote(m.pool)} AS pool, "
         f"{_quote(str(m.policy.get('name', '')))} AS policy, "
-        f"{sum(entry.rows for entry in m.decisions)}::BIGINT AS samples, "
-        f"{sum(entry.rows for entry in m.curated)}::BIGINT AS kept, {_quote(m.content)} AS content, "
+        f"{sum(entry.rows for entry in (*m.decisions, *m.document_decisions))}::BIGINT AS samples, "
+        f"{sum(entry.rows for entry in (*m.curated, *m.documents))}::BIGINT AS kept, {_quote(m.content)} AS content, "
         f"{_quote(m.created_at)} AS created_at, {_quote(m.code_version)} AS code_version"
         for m in manifests
     ]

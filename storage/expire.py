@@ -11,7 +11,10 @@ from storage.refs import SnapshotRef
 from storage.snapshot import numbers, read_manifest
 from storage.warehouse import Warehouse, WarehouseError
 
-FOLDERS = ("curated", "decisions", "published", "differences", "reports")
+FOLDERS = (
+    *("curated", "decisions", "documents", "document_decisions", "node_decisions"),
+    *("published", "differences", "reports"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,5 @@ def _used(warehouse: Warehouse, dataset: str) -> Iterator[int]:
 
 def _files(warehouse: Warehouse, snapshot: SnapshotRef) -> Iterator[str]:
     manifest = read_manifest(warehouse, snapshot)
-    for entry in (*manifest.curated, *manifest.decisions, *([manifest.published] if manifest.published else [])):
-        yield entry.path
+    yield from (entry.path for entry in manifest.files)
     yield from (snapshot.difference, snapshot.report)

@@ -94,6 +94,76 @@ class DecisionsRef:
         return f"{self.folder}/record.json"
 
 
+@dataclass(frozen=True, order=True)
+class DocumentShardRef:
+    """One immutable Parquet file of interleaved documents; `name` is the hash of its content."""
+
+    pool: str
+    name: str
+    rows: int
+
+    @property
+    def path(self) -> str:
+        """Where the documents are, relative to the warehouse."""
+        return f"documents/{self.pool}/{self.name}.parquet"
+
+
+@dataclass(frozen=True)
+class DocumentsRef:
+    """A pool of documents as it stood when the reference was made, with their `images`, shards of the same names."""
+
+    shards: tuple[DocumentShardRef, ...]
+    images: PoolRef
+
+    @property
+    def rows(self) -> int:
+        """Documents in all shards together."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: the pool's name and its shards' hashes."""
+        return fingerprint([self.images.name, [shard.name for shard in self.shards]])
+
+
+@dataclass(frozen=True)
+class TextSignalRef:
+    """One signal's tables on the texts of documents: a row a text segment, and one for each document's whole text."""
+
+    signal: str
+    fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        """Where the tables are, relative to the warehouse."""
+        return f"text_signals/{self.signal}@{self.fingerprint}"
+
+    def table(self, shard: DocumentShardRef) -> str:
+        """Path of the table for one shard: document_id, position (null for the whole text), the signal's columns."""
+        return f"{self.folder}/{shard.name}.parquet"
+
+
+@dataclass(frozen=True)
+class DocumentDecisionsRef:
+    """Decisions of one policy over a pool's documents and their segments."""
+
+    fingerprint: str
+    folder: str
+
+    def documents(self, shard: DocumentShardRef) -> str:
+        """Path of the decisions on one shard's documents, in the shard's order."""
+        return f"{self.folder}/documents/{shard.name}.parquet"
+
+    def nodes(self, shard: DocumentShardRef) -> str:
+        """Path of the decisions on one shard's segments, in the shard's order."""
+        return f"{self.folder}/nodes/{shard.name}.parquet"
+
+    @property
+    def record(self) -> str:
+        """Path of the record, written when all tables are there."""
+        return f"{self.folder}/record.json"
+
+
 @dataclass(frozen=True)
 class SnapshotRef:
     """A published, numbered and immutable decision on a dataset."""

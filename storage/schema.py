@@ -95,6 +95,89 @@ DIFFERENCE = pa.schema(
     ]
 )
 
+DOCUMENT_ID = column("document_id", pa.string(), "128 bits of sha256 over key and segments, 32 hex digits")
+
+DOCUMENTS = pa.schema(
+    [
+        DOCUMENT_ID,
+        column("key", pa.string(), "the source's own key, such as the page's address"),
+        column(
+            "segments",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("kind", pa.string()),
+                        ("text", pa.string()),
+                        ("sample_id", pa.string()),
+                        ("url", pa.string()),
+                        ("reason", pa.string()),
+                    ]
+                )
+            ),
+            "texts and images in order; an image is a sample of the pool, or has the reason why it is missing",
+        ),
+        column("text_digest", pa.string(), "128 bits of sha256 over all texts, 32 hex digits"),
+        SAMPLES.field("source"),
+        column("metadata", pa.string(), "all other fields of the source as a JSON object"),
+    ]
+)
+"""Interleaved documents `documents/<pool>/<shard>.parquet`; their images are the pool's shard of the same name."""
+
+NODE_DECISIONS = pa.schema(
+    [
+        DOCUMENT_ID,
+        column("position", pa.int32(), "number of the segment in the document, from 0"),
+        column("kind", pa.string(), "text or image"),
+        column("sample_id", pa.string(), "the image's sample; null for texts and missing images"),
+        column("kept", pa.bool_(), "true if it stays in its document, should that be kept"),
+        column("failed", pa.list_(pa.string()), "names of all conditions it fails; missing or unmatched for images"),
+        column("duplicate_of", pa.string(), "sample_id of the image that stands in its place"),
+        column("duplicate_rule", pa.string(), "the duplicate rule that joins the two"),
+        column("text_position", pa.int32(), "position of the text that an image is assigned to, if matched"),
+        column("similarity", pa.float32(), "cosine of image and assigned text, -1 to 1"),
+        column("place", pa.int32(), "number of the segment in the published document; null if left out"),
+    ]
+)
+
+DOCUMENT_DECISIONS = pa.schema(
+    [
+        DOCUMENT_ID,
+        column("key", pa.string(), "the source's own key"),
+        column("kept", pa.bool_(), "true if no condition failed and no other document stands in its place"),
+        column("failed", pa.list_(pa.string()), "names of all conditions the document fails, in the policy's order"),
+        column("duplicate_of", pa.string(), "document_id of the kept document that stands in its place"),
+        column("duplicate_rule", pa.string(), "the column of one_per in which the two are equal"),
+        column("texts", pa.int32(), "text segments"),
+        column("images", pa.int32(), "image segments, missing ones included"),
+        column("missing_images", pa.int32(), "image segments without an image"),
+        column("missing_share", pa.float32(), "share of missing ones among image segments, 0-1; 0 without any"),
+        column("kept_texts", pa.int32(), "text segments that stay"),
+        column("kept_images", pa.int32(), "images that stay"),
+    ]
+)
+
+INTERLEAVED = pa.schema(
+    [
+        DOCUMENT_ID,
+        column("key", pa.string(), "the source's own key"),
+        column(
+            "images",
+            pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "original images in order, null where a text stands; the layout of OBELICS",
+        ),
+        column("texts", pa.list_(pa.string()), "texts in order, null where an image stands"),
+        column(
+            "nodes",
+            pa.list_(pa.struct([("position", pa.int32()), ("sample_id", pa.string()), ("similarity", pa.float32())])),
+            "for each of them: its position in the pool's document, an image's sample and its cosine with its text",
+        ),
+        SPLIT,
+        SAMPLES.field("source"),
+        column("metadata", pa.string(), "all other fields of the source as a JSON object"),
+    ]
+)
+"""Columns of published documents."""
+
 RUNS = pa.schema(
     [
         column("run_id", pa.string(), "fingerprint of recipe, snapshot, base model and code version of the step"),

@@ -33,7 +33,8 @@ class Draft:
     `policy` is the whole policy, `signals` maps a signal's name to its fingerprint, `pairs` a kind to its own,
     `published` is the table of every sample that this or an earlier snapshot of the dataset published, `funnel` holds
     what each condition and rule took away, `counts` the same and the splits by flat names.
-    `blur_faces` says that faces are blurred in the published images.
+    `blur_faces` says that faces are blurred in the published images. A snapshot of interleaved documents has the last
+    three in place of `decisions` and `curated`, and `published` names documents.
     """
 
     pool: str
@@ -47,6 +48,9 @@ class Draft:
     counts: Mapping[str, int]
     funnel: Mapping[str, Any] = field(default_factory=dict)
     blur_faces: bool = False
+    documents: tuple[FileEntry, ...] = ()
+    document_decisions: tuple[FileEntry, ...] = ()
+    node_decisions: tuple[FileEntry, ...] = ()
 
     @property
     def content(self) -> str:
@@ -54,9 +58,15 @@ class Draft:
         return fingerprint(self)
 
     @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All files that the snapshot is made of."""
+        documents = (*self.documents, *self.document_decisions, *self.node_decisions)
+        return (*self.curated, *self.decisions, *documents, *([self.published] if self.published else []))
+
+    @property
     def samples_content(self) -> str:
         """Identity of the published rows alone, whatever was rejected and why: what training depends on."""
-        return fingerprint([entry.sha256 for entry in self.curated])
+        return fingerprint([entry.sha256 for entry in (*self.curated, *self.documents)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +140,8 @@ def read_manifest(warehouse: Warehouse, snapshot: SnapshotRef) -> Manifest:
             f"{warehouse.root}: dataset {snapshot.dataset!r} has no snapshot {snapshot.number} (there are: {known})."
             " Publish it with the curate flow, or name one that exists."
         ) from None
-    for name in ("decisions", "curated"):
-        data[name] = tuple(FileEntry(**entry) for entry in data[name])
+    for name in ("decisions", "curated", "documents", "document_decisions", "node_decisions"):
+        data[name] = tuple(FileEntry(**entry) for entry in data.get(name, ()))
     data["published"] = FileEntry(**data["published"]) if data["published"] else None
     data["pool_shards"] = tuple(data["pool_shards"])
     return Manifest(**data)

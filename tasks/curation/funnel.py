@@ -128,11 +128,11 @@ def count_funnel(
     )
 
 
-def funnel_markdown(funnel: Funnel) -> str:
-    """Return the funnel as a Markdown table."""
+def funnel_markdown(funnel: Funnel, what: str = "samples") -> str:
+    """Return the funnel as a Markdown table; `what` is the word for what it counts."""
     share = f" ({funnel.kept / funnel.samples:.1%})" if funnel.samples else ""
     lines = [
-        f"**{funnel.policy}** keeps {funnel.kept:,} of {funnel.samples:,} samples{share}.",
+        f"**{funnel.policy}** keeps {funnel.kept:,} of {funnel.samples:,} {what}{share}.",
         "",
         "| condition | passes if | fails | only this | remaining |",
         "|:--|:--|--:|--:|--:|",

@@ -76,20 +76,22 @@ class PoolWriter:
                 samples[identifier] = sample
             except RowError as error:
                 faults.append(Fault.of(error, key=row.key, member=row.member, data=row.data))
-        self._write_faults([quarantine_row(fault, path) for fault in faults])
+        self.write_faults(faults, path)
         shard = self._write_samples(samples)
         known += len(samples) - (shard.rows if shard else 0)
         missing = frozenset(fault.missing_path for fault in faults if fault.missing_path is not None)
         return Added(shard, known, Counter(fault.reason.value for fault in faults), missing)
 
-    def _write_faults(self, rows: list[dict[str, Any]]) -> None:
+    def write_faults(self, faults: Iterable[Fault], path: str) -> None:
+        """Put the faults of the source file `path` into quarantine, each once."""
+        rows = [quarantine_row(fault, path) for fault in faults]
         if not rows:
             return
-        with self._alone():
+        with self.alone():
             self.quarantine.refresh()
             new = {row["quarantine_id"]: row for row in rows if row["quarantine_id"] not in self.quarantine}
             if new:
-                name = f"{_hash_of(new)}.parquet"
+                name = f"{hash_of(new)}.parquet"
                 table = pa.Table.from_pylist(list(new.values()), schema.QUARANTINE)
                 self.warehouse.write_table(f"quarantine/{self.pool}/{name}", table)
                 self.quarantine.add(name, new)
@@ -97,20 +99,20 @@ class PoolWriter:
     def _write_samples(self, samples: dict[str, dict[str, Any]]) -> ShardRef | None:
         if not samples:
             return None
-        with self._alone():
+        with self.alone():
             self.samples.refresh()
             rows = [row for identifier, row in samples.items() if identifier not in self.samples]
             if not rows:
                 return None
             described = ({**row, "image": row["image"]["path"]} for row in rows)  # the id covers the image's bytes
-            shard = ShardRef(self.pool, _hash_of(map(canonical_json, described)), len(rows))
+            shard = ShardRef(self.pool, hash_of(map(canonical_json, described)), len(rows))
             self.warehouse.write_table(shard.path, pa.Table.from_pylist(rows, schema.SAMPLES))
             self.samples.add(f"{shard.name}.parquet", [row["sample_id"] for row in rows])
         logger.info("Pool %s: shard %s, %d samples", shard.pool, shard.name, shard.rows)
         return shard
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Keep other writers to the pool on this machine out; the kernel frees the lock of one that dies."""
         if not self.warehouse.is_local:
             yield
@@ -150,7 +152,8 @@ def _sample(raw: RawSample, path: str) -> dict[str, Any]:
     }
 
 
-def _hash_of(parts: Iterable[str]) -> str:
+def hash_of(parts: Iterable[str]) -> str:
+    """Return 32 hex digits of sha256 over some texts, each after its length."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())

@@ -81,7 +81,7 @@ def publish(
             decisions=tuple(in_order(files.write_decisions, verdicts, threads=READERS)),
             curated=tuple(in_order(files.write_curated, not_empty, threads=WRITERS)),
             published=files.write_published(published, pa.table([ids.filter(kept), split], schema=PUBLISHED)),
-            counts={**record.counts, **_split_counts(split)},
+            counts={**record.counts, **split_counts(split)},
             funnel=record.result,
             blur_faces=blur_faces,
         )
@@ -133,6 +133,7 @@ def _without(decisions: pa.Table, left_out: pa.ChunkedArray) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DECISIONS)
 
 
-def _split_counts(split: pa.StringArray) -> dict[str, int]:
+def split_counts(split: pa.StringArray) -> dict[str, int]:
+    """Return how many samples each split has, and how many none, which are left out."""
     found = {count["values"]: count["counts"] for count in pc.value_counts(split).to_pylist()}
     return {**{name: found.get(name, 0) for name in SPLITS}, SPLIT_CONFLICT: found.get(None, 0)}

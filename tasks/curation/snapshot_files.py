@@ -1,7 +1,7 @@
 """The files of a snapshot, each named by what it holds and left alone if it is there already."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +53,9 @@ class SnapshotFiles:
         table = verdicts.decisions
         names = ("duplicate_of", "duplicate_rule", "contaminated_by")
         said = [pc.binary_join(table["failed"], ","), *(table[name] for name in names)]
-        content = _digest(*said, table["duplicate_distance"].cast(pa.string()))  # what is kept follows from these
+        content = digest_rows(*said, table["duplicate_distance"].cast(pa.string()))  # what is kept follows from these
         identity = fingerprint([VERSION, verdicts.shard.name, content])
-        path = f"snapshots/{self.dataset}/decisions/{identity}.parquet"
-        if not self._is_there(path):
-            self.warehouse.write_table(path, verdicts.decisions)
-        return self._entry(path, verdicts.shard.name)
+        return self.write(f"decisions/{identity}", lambda: verdicts.decisions, verdicts.shard.name)
 
     def write_curated(self, verdicts: Verdicts) -> FileEntry:
         """Write the published samples of one shard, with their split and the signals' scalar columns."""
@@ -66,7 +63,9 @@ class SnapshotFiles:
         published = verdicts.decisions["sample_id"].filter(verdicts.split.is_valid())
         signals = [[signal.signal, signal.fingerprint] for signal in self.columns.by_signal]
         blurred = [face_blur.VERSION, self.faces.fingerprint] if self.faces else []
-        identity = fingerprint([VERSION, shard.name, signals, *blurred, _digest(published, verdicts.split.drop_null())])
+        identity = fingerprint(
+            [VERSION, shard.name, signals, *blurred, digest_rows(published, verdicts.split.drop_null())]
+        )
         path = f"snapshots/{self.dataset}/curated/{identity}.parquet"
         if not self._is_there(path):
             with self.warehouse.building(path) as temporary:
@@ -80,11 +79,15 @@ class SnapshotFiles:
         table = pa.concat_tables([earlier, now.filter(is_new)]).sort_by("sample_id")
         if not table.num_rows:
             return None
-        identity = fingerprint([VERSION, _digest(*table.columns)])
-        path = f"snapshots/{self.dataset}/published/{identity}.parquet"
+        identity = fingerprint([VERSION, digest_rows(*table.columns)])
+        return self.write(f"published/{identity}", lambda: table, "")
+
+    def write(self, name: str, make: Callable[[], pa.Table], pool_shard: str) -> FileEntry:
+        """Write a table unless a file of its name, which is that of its content, is there already."""
+        path = f"snapshots/{self.dataset}/{name}.parquet"
         if not self._is_there(path):
-            self.warehouse.write_table(path, table)
-        return self._entry(path, "")
+            self.warehouse.write_table(path, make())
+        return self._entry(path, pool_shard)
 
     def _fill_curated(self, target: Path, verdicts: Verdicts) -> None:
         """Copy the published rows, one row group of the shard in memory at a time."""
@@ -140,7 +143,7 @@ def _with_faces_blurred(rows: pa.Table) -> pa.Table:
     return rows.append_column(FACES_BLURRED, pa.array([len(found) for found in boxes], pa.int32()))
 
 
-def _digest(*columns: pa.ChunkedArray | pa.Array) -> str:
-    """The sha256 of text columns, row by row. Much faster than JSON for millions of rows."""
+def digest_rows(*columns: pa.ChunkedArray | pa.Array) -> str:
+    """Return the sha256 of text columns, row by row. Much faster than JSON for millions of rows."""
     rows = pc.binary_join_element_wise(*columns, "\t", null_handling="replace", null_replacement="")
     return hashlib.sha256("\n".join(rows.to_pylist()).encode()).hexdigest()

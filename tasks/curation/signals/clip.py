@@ -1,7 +1,7 @@
 """How well a caption fits its image, and where both lie in CLIP's space."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,12 +78,17 @@ class Clip(Signal):
         if has_image.any():
             images[has_image] = self._model.encode_images([view for view in batch.views if view is not None]).numpy()
         if has_text.any():
-            texts[has_text] = self._model.encode_texts([caption for caption in captions if caption is not None]).numpy()
+            texts[has_text] = self.embed_texts([caption for caption in captions if caption is not None])
         scores = np.einsum("ij,ij->i", images, texts)
         columns = [pa.array(scores, mask=~(has_image & has_text)), _vectors(images, has_image)]
         if self.text_embedding:
             columns.append(_vectors(texts, has_text))
         return pa.record_batch(columns, schema=self.columns)
+
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Return L2-normalised embeddings of texts, of shape (texts, embedding size)."""
+        embeddings: npt.NDArray[np.float32] = self._model.encode_texts(texts).numpy()
+        return embeddings
 
     @property
     def _model(self) -> Any:

@@ -18,6 +18,8 @@ MAX_TEXT_BYTES = 16 * 2**20
 class Reason(StrEnum):
     """Why a row is in quarantine."""
 
+    BAD_DOCUMENT = "bad_document"
+    """The row's texts and images do not make an interleaved document."""
     BAD_JSON = "bad_json"
     """The row's JSON can't be parsed, or is not an object."""
     BROKEN_ARCHIVE = "broken_archive"

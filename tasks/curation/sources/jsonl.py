@@ -35,7 +35,7 @@ def read_jsonl(file: SourceFile) -> Iterator[Row]:
         except RowError as error:
             return Fault.of(error, key=row.sample.key, member=row.sample.member)
 
-    yield from read_ahead(_parsed(_lines(file.uri), file.layout, file.uri), read)
+    yield from read_ahead(_parsed(read_lines(file.uri), file.layout, file.uri), read)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _parsed(lines: Iterable[tuple[int, bytes]], layout: Layout, uri: str) -> Ite
         yield _WithoutImage(path, RawSample(key, member, None, name, caption, str(url) if url else None, fields))
 
 
-def _lines(uri: str) -> Iterator[tuple[int, bytes]]:
+def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of each line that is not blank; of one that is too long, only the beginning."""
     with open_binary(uri) as file:
         number = 0
