@@ -20,6 +20,8 @@ BENCHMARKS = {
     "peers": "The same filters and survivors as Data-Juicer, a script of one's own, imagededup and CleanVision.",
     "demo": "`make demo` on two cores: from nothing, again, with another threshold, with 50 more samples.",
 }
+ON_REQUEST = {"peers"}
+"""Run only when named: it installs gigabytes of other tools."""
 GPU_BENCHMARKS = {
     "gpu_qlora": "QLoRA from snapshot to merged model on one GPU, with six layers of the 31B's width.",
     "gpu_semantic": "Semantic pairs on one GPU, beside those found without it.",
@@ -35,12 +37,13 @@ from those files by `python -m benchmarks --tables` and never edited by hand. GP
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"any of {', '.join(BENCHMARKS)}; all if none is named")
+    parser.add_argument("names", nargs="*", help=f"any of {', '.join(BENCHMARKS)}; all but peers if none is named")
     parser.add_argument("--tables", action="store_true", help="only make the tables")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    for name in [] if arguments.tables else arguments.names or BENCHMARKS:
+    every = [name for name in BENCHMARKS if name not in ON_REQUEST]
+    for name in [] if arguments.tables else arguments.names or every:
         print(f"== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
     (RESULTS.parent / "README.md").write_text(page())
