@@ -178,12 +178,19 @@ def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schem
 
 
 def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
-    """Every (run, sample it was trained on): from an adapter to its images, and back."""
+    """Every (run, sample it was trained on): from an adapter to its images, and back. Of documents, their images."""
     selects = [
         f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, sample_id, key, source, split "
         f"FROM read_parquet({_file_list(warehouse, m.curated)})"
         for m in manifests
         if m.curated
+    ]
+    selects += [
+        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, node.sample_id, key, source, split "
+        f"FROM (SELECT unnest(nodes) AS node, * FROM read_parquet({_file_list(warehouse, m.documents)})) "
+        "WHERE node.sample_id IS NOT NULL"
+        for m in manifests
+        if m.documents
     ]
     if not selects:
         text = ("run_id", "adapter_uri", "dataset", "snapshot", "sample_id", "key", "source", "split")

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tasks.training import model as models
 from tasks.training.collate import IGNORED, CompletionCollator
+from tasks.training.conversations import ConversationCollator, make_collator
 from tasks.training.dataset import read_examples
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
@@ -44,7 +45,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     del merged
     _free_memory()
 
-    collator = CompletionCollator(processor, completion_only_loss=True, stop_ids=stops)
+    collator = make_collator(processor, examples, stops)
     adapted = models.load_adapter(models.load_model(config["model"], placement), config["adapter"])
     before = completion_logits(adapted, collator, examples, placement)
     del adapted
@@ -80,7 +81,7 @@ def merge(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
 @torch.inference_mode()
 def completion_logits(
     model: PreTrainedModel | PeftModel,
-    collator: CompletionCollator,
+    collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
     placement: models.Placement,
 ) -> list[Tensor]:

@@ -16,7 +16,8 @@ from storage.refs import MergeRef, Outcome, RunRef
 from storage.schema import MERGES
 from storage.warehouse import Warehouse
 from tasks.training.base_model import find_base_model
-from tasks.training.dataset import Examples, write_examples
+from tasks.training.dataset import Examples
+from tasks.training.documents import write_rows
 from tasks.training.gpu import reserved_gpu
 from tasks.training.process import run_child
 from tasks.training.recipe import RecipeError
@@ -77,7 +78,7 @@ def _held_out(run: FinishedRun, warehouse: Warehouse, path: Path) -> Examples:
     """Examples the run was not trained on, if its snapshot has any."""
     for split in ("validation", "test"):
         try:
-            return write_examples(run.snapshot, run.recipe, split=split, warehouse=warehouse, path=path)
+            return write_rows(run.snapshot, run.recipe, split=split, warehouse=warehouse, path=path)
         except RecipeError:  # no sample with both texts in this split
             continue
-    return write_examples(run.snapshot, run.recipe, split="train", warehouse=warehouse, path=path)
+    return write_rows(run.snapshot, run.recipe, split="train", warehouse=warehouse, path=path)

@@ -32,7 +32,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
-from tasks.training.collate import CompletionCollator, check_loss_mask
+from tasks.training.collate import CompletionCollator
+from tasks.training.conversations import ConversationCollator, check_loss, make_collator
 from tasks.training.dataset import read_examples
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
@@ -60,8 +61,8 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), _trainable(model) / 1e6)
 
     examples = read_examples(Path(config["examples"]))
-    collator = CompletionCollator(processor, completion_only_loss=True, stop_ids=stop_ids(base))
-    check_loss_mask(collator, islice(examples, CHECKED_ROWS))
+    collator = make_collator(processor, examples, stop_ids(base))
+    check_loss(collator, islice(examples, CHECKED_ROWS))
 
     trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
@@ -93,7 +94,7 @@ def _trainable(model: PeftModel) -> int:
 def _trainer(
     model: PeftModel,
     processor: ProcessorMixin,
-    collator: CompletionCollator,
+    collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
     recipe: Recipe,
     placement: models.Placement,

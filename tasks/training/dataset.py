@@ -53,6 +53,11 @@ def write_examples(snapshot: SnapshotRef, recipe: Recipe, *, split: str, warehou
     Raises `RecipeError` if an expression can't be used, or if no row is left.
     """
     manifest = read_manifest(warehouse, snapshot)
+    if manifest.documents:
+        raise RecipeError(
+            f"{snapshot} holds interleaved documents, which have no prompts and answers. They can be trained on; "
+            "evaluate on a dataset of samples."
+        )
     rows = left_out = 0
     with (
         locked_connection() as connection,

@@ -14,8 +14,8 @@ from datasets import Features, Image, List, Value
 from storage.refs import SnapshotRef
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
-from tasks.training.dataset import Examples
-from tasks.training.recipe import RecipeError
+from tasks.training.dataset import Examples, write_examples
+from tasks.training.recipe import Recipe, RecipeError
 
 FEATURES = Features(
     {
@@ -31,6 +31,16 @@ SEPARATOR = "\n\n"
 """What stands between texts that follow each other."""
 
 Message = dict[str, Any]
+
+
+def write_rows(snapshot: SnapshotRef, recipe: Recipe, *, split: str, warehouse: Warehouse, path: Path) -> Examples:
+    """Write what a training on the split sees: its documents, or the recipe's prompts and completions of its samples.
+
+    Raises `RecipeError` as `write_documents` and `write_examples` do.
+    """
+    if read_manifest(warehouse, snapshot).documents:
+        return write_documents(snapshot, split=split, warehouse=warehouse, path=path)
+    return write_examples(snapshot, recipe, split=split, warehouse=warehouse, path=path)
 
 
 def write_documents(snapshot: SnapshotRef, *, split: str, warehouse: Warehouse, path: Path) -> Examples:

@@ -25,7 +25,8 @@ from storage.schema import RUNS, column
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.training.base_model import BaseModel, find_base_model
-from tasks.training.dataset import Examples, write_examples
+from tasks.training.dataset import Examples
+from tasks.training.documents import write_rows
 from tasks.training.gpu import reserved_gpu
 from tasks.training.process import RESULT, ChildFailed, run_child
 from tasks.training.recipe import Recipe, RecipeError
@@ -82,7 +83,7 @@ def train(
     with _scratch(run, warehouse, on_log) as scratch:
         if warehouse.exists(run.table):  # another process finished it while this one waited
             return Outcome(run, cached=True)
-        examples = write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=scratch / "examples.arrow")
+        examples = write_rows(snapshot, recipe, split="train", warehouse=warehouse, path=scratch / "examples.arrow")
         on_log(f"run {run.run_id}: {examples.rows} examples of {snapshot}; {examples.left_out} without text left out")
         result = _train_in_child(plan, examples, warehouse=warehouse, scratch=scratch, on_log=on_log)
         _publish(plan, examples, result, warehouse=warehouse, scratch=scratch)

@@ -24,7 +24,8 @@ BATCH_ROWS = 8
 """Documents taken out of Parquet at once: few, because all their images are in memory."""
 
 KEY_NAMES = ("key", "document_id", "doc_id", "id", "url")
-MAX_SEGMENTS = 65_536
+MAX_SEGMENTS = 4_096
+"""Most segments of a document: to assign 2,048 images to as many texts takes two seconds, and grows with the cube."""
 
 Fields = dict[str, Any]
 
@@ -197,10 +198,9 @@ def _image(value: object, metadata: Mapping[str, Any]) -> RawSegment:
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
     if isinstance(data, str):
         data, path = None, data
-    if data is not None and not isinstance(data, bytes):
-        raise RowError(Reason.BAD_DOCUMENT, f"an image is a {type(data).__name__}")
-    is_url = isinstance(path, str) and "://" in path
-    return RawSegment(image=data, path=path or None, url=path if is_url else None, metadata=metadata)
+    if not isinstance(data, bytes | None) or not isinstance(path, str | None):
+        raise RowError(Reason.BAD_DOCUMENT, f"an image is a {type(data).__name__}, its path a {type(path).__name__}")
+    return RawSegment(image=data, path=path or None, url=path if path and "://" in path else None, metadata=metadata)
 
 
 def _parsed(value: object) -> Any:

@@ -12,13 +12,17 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from storage.catalog import connect
 from storage.refs import SnapshotRef
 from storage.schema import INTERLEAVED
 from storage.snapshot import Draft, FileEntry, commit
 from storage.warehouse import Warehouse
 from tasks.training import model as models
-from tasks.training.dataset import read_examples
+from tasks.training.collate import LossMaskError
+from tasks.training.conversations import check_loss, make_collator
+from tasks.training.dataset import read_examples, write_examples
 from tasks.training.documents import conversation, write_documents
+from tasks.training.fit import train
 from tasks.training.recipe import Recipe, RecipeError
 
 Parts = tuple[str, ...]
@@ -55,6 +59,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Warehouse, Snap
             "key": key,
             "images": [picture(part[1:]) if part.startswith("#") else None for part in parts],
             "texts": [None if part.startswith("#") else part for part in parts],
+            "nodes": [{"sample_id": f"{key} {at}" if p.startswith("#") else None} for at, p in enumerate(parts)],
             "split": "test" if key == "held_out" else "train",
         }
         for key, parts in DOCUMENTS.items()
@@ -196,3 +201,48 @@ def test_snapshots_and_splits_without_documents_are_refused(
         write_documents(snapshot, split="validation", warehouse=warehouse, path=tmp_path / "x.arrow")
     with pytest.raises(RecipeError, match="squares@1 holds no interleaved documents"):
         write_documents(squares[1], split="train", warehouse=squares[0], path=tmp_path / "x.arrow")
+
+
+def test_a_run_trains_on_documents_and_knows_their_images(
+    published: tuple[Warehouse, SnapshotRef], recipe: Recipe
+) -> None:
+    warehouse, snapshot = published
+    run = train(
+        snapshot,
+        recipe.model_copy(update={"max_steps": 1, "accumulation": 1, "gradient_checkpointing": False}),
+        warehouse=warehouse,
+    ).ref
+    [row] = warehouse.read_table(run.table).to_pylist()
+    assert (row["samples"], row["steps"]) == (3, 1)
+    with connect(warehouse) as catalog:
+        query = "SELECT sample_id FROM lineage WHERE run_id = ? AND key = 'plain' ORDER BY sample_id"
+        assert catalog.execute(query, [run.run_id]).fetchall() == [("plain 0",), ("plain 2",), ("plain 3",)]
+        assert catalog.execute("SELECT DISTINCT split FROM lineage").fetchall() == [("train",)]
+
+
+def test_a_loss_that_misses_a_turn_or_covers_more_is_refused(
+    published: tuple[Warehouse, SnapshotRef], tmp_path: Path, processor: Any
+) -> None:
+    rows_of(published, tmp_path)
+    rows = read_examples(tmp_path / "train.arrow")
+    stops = (processor.tokenizer.convert_tokens_to_ids("<turn|>"),)
+    check_loss(make_collator(processor, rows, stops), rows)
+    template = processor.chat_template
+    for old, new, message in (
+        ("{%- generation -%}", "", "no token is in the loss"),
+        ("text + '<turn|>'", "text", "does not end with a stop token"),
+        ("text + '<turn|>'", "text | upper + '<turn|>'", "the loss covers .* where .* is said"),
+    ):
+        processor.chat_template = template.replace(old, new)
+        if "generation" in old:
+            processor.chat_template = processor.chat_template.replace("{%- endgeneration -%}", "")
+        with pytest.raises(LossMaskError, match=message):
+            check_loss(make_collator(processor, rows, stops), rows)
+
+
+def test_documents_have_no_answers_to_evaluate(
+    published: tuple[Warehouse, SnapshotRef], recipe: Recipe, tmp_path: Path
+) -> None:
+    warehouse, snapshot = published
+    with pytest.raises(RecipeError, match="pages@1 holds interleaved documents, which have no prompts and answers"):
+        write_examples(snapshot, recipe, split="test", warehouse=warehouse, path=tmp_path / "x.arrow")

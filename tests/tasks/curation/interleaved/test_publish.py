@@ -13,6 +13,7 @@ from storage.schema import INTERLEAVED
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError
+from tasks.curation.conditions import PolicyError
 from tasks.curation.decide import decide
 from tasks.curation.interleaved.decide import decide_documents
 from tasks.curation.interleaved.ingest import ingest_documents
@@ -106,6 +107,22 @@ def test_documents_are_judged_by_what_is_left_of_them(warehouse: Warehouse, sour
     assert counts["missing_share"] == 0.5
     assert tables.decisions["short"]["caption_words"] == 3
     assert set(published(warehouse, publish(warehouse, judged))) == {"good", "short"}
+
+
+def test_documents_of_images_alone_are_judged_too(warehouse: Warehouse, source: Path) -> None:
+    write(source, document("k", "a.jpg"), document("l", "gone.jpg"))
+    judged = run(
+        warehouse, source, texts={"words": "caption_words >= 3"}, documents={"texts": "kept_texts > 0", "words": "true"}
+    )
+    failed = {key: row["failed"] for key, row in Tables.read(warehouse, judged).decisions.items()}
+    assert failed == {"k": ["texts"], "l": ["texts"]}
+    assert read_manifest(warehouse, publish(warehouse, judged)).documents == ()
+
+
+def test_a_value_that_a_condition_can_not_handle_is_named(warehouse: Warehouse, source: Path) -> None:
+    write(source, document("k", "one " * 200, "a.jpg"))
+    with pytest.raises(PolicyError, match=r"policy p: a condition met a value it can't handle.*try_cast"):
+        run(warehouse, source, texts={"words": "caption_words::TINYINT > 0"})
 
 
 def test_duplicate_images_stay_in_one_document_only(warehouse: Warehouse, source: Path) -> None:
