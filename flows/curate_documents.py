@@ -11,7 +11,16 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
-from flows.curate import CLUSTER_COLUMNS, Name, check_pairs, cluster_pool, decide, pair_pool, score_pool
+from flows.curate import (
+    CLUSTER_COLUMNS,
+    Name,
+    check_pairs,
+    cluster_pool,
+    decide,
+    evaluation_sets,
+    pair_pool,
+    score_pool,
+)
 from flows.steps import artifact_key, in_groups, step, task_runner
 from storage.catalog import write_catalog
 from storage.pool import read_documents
@@ -29,6 +38,7 @@ from storage.refs import (
 )
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
+from tasks.curation.decontaminate import beside
 from tasks.curation.funnel import Funnel, funnel_markdown
 from tasks.curation.interleaved import publish as publishing
 from tasks.curation.interleaved.decide import decide_documents
@@ -82,10 +92,12 @@ def curate_documents(
     documents = ingest_documents(source, image_folder=image_folder, pool=pool or dataset, warehouse=store)
     measure_all_texts(documents, texts, warehouse=store)
     evidence = score_pool(documents.images, of_images, warehouse=store)
-    evidence += cluster_pool(documents.images, evidence, rules.image_policy, warehouse=store)
-    pairs = pair_pool(documents.images, evidence, rules.image_policy, warehouse=store)
+    held_out = evaluation_sets(rules.image_policy, of_images, warehouse=store)
+    compared = beside(documents.images, held_out)
+    evidence += cluster_pool(compared, evidence, rules.image_policy.reach(), warehouse=store)
+    pairs = pair_pool(compared, evidence, rules.image_policy.reach(), warehouse=store)
     evidence += compare_all(documents, clip, warehouse=store)
-    images = decide.submit(documents.images, rules.image_policy, evidence, pairs, warehouse=store).result()
+    images = decide.submit(documents.images, rules.image_policy, evidence, pairs, held_out, warehouse=store).result()
     decisions = judge.submit(documents, rules, images, evidence, texts, warehouse=store).result()
     judged = Judged(documents, rules, images, tuple(evidence), tuple(texts), decisions)
     snapshot = publish.submit(dataset, judged, pairs, warehouse=store).result()

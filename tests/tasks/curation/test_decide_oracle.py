@@ -228,7 +228,8 @@ def found(case: Case) -> tuple[dict[str, Verdict], Funnel]:
         table = pa.concat_tables(warehouse.read_table(ref.table(shard)) for shard in pool.shards)
         record = read_record(warehouse, ref.record)
         assert record is not None
-        return {row["sample_id"]: tuple(row.values())[1:6] for row in table.to_pylist()}, Funnel.from_dict(record.result)  # type: ignore[misc]
+        verdicts = {row["sample_id"]: tuple(row.values())[1:6] for row in table.to_pylist()}
+        return verdicts, Funnel.from_dict(record.result)  # type: ignore[return-value]
 
 
 @settings(max_examples=80, deadline=None)
