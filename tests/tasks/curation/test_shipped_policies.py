@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import yaml
 
 import tasks
 from storage.warehouse import Warehouse
 from tasks.curation.decide import decide
-from tasks.curation.policy import load_policy
+from tasks.curation.policy import Policy, load_policy
 from tests.tasks.curation.handmade import SCHEMA, write_pairs, write_pool, write_signals
 
 POLICIES = Path(tasks.__file__).parent.parent / "deployments" / "policies"
@@ -90,3 +92,11 @@ def test_default_fails_a_sample_for_one_reason_from_its_limit_on(tmp_path, reaso
 
 def test_default_takes_other_thresholds(tmp_path):
     assert failed(tmp_path, "default", {"a": {"clip_score": 0.29}}, clip_min=0.3) == {"a": ["clip"]}
+
+
+def test_the_readmes_policy_can_be_used():
+    text = (POLICIES.parent.parent / "README.md").read_text()
+    block = text[text.index("```yaml\n") + 8 :]
+    policy = Policy.model_validate(yaml.safe_load(block[: block.index("```")]))
+    checked = policy.check(pa.schema([*SCHEMA, pa.field("laplacian_variance", pa.float32())]))
+    assert (checked.policy.evaluation_pools, checked.at_most) == (("pets-test",), (500, 20_000))
