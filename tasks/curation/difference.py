@@ -14,6 +14,7 @@ from storage.refs import Outcome, SnapshotRef
 from storage.schema import DECISIONS, DIFFERENCE
 from storage.snapshot import FileEntry, Manifest, read_manifest
 from storage.warehouse import Warehouse
+from tasks.curation.funnel import cell
 from tasks.curation.policy import SPLIT_CONFLICT
 
 COLUMNS = ["sample_id", "kept", "failed", "duplicate_of", "duplicate_rule"]
@@ -67,7 +68,7 @@ def difference_markdown(snapshot: SnapshotRef, *, warehouse: Warehouse) -> str:
             "SELECT change, cause, because, count(*) FROM changes GROUP BY ALL ORDER BY 4 DESC, 1, 2, 3 LIMIT 50"
         ).fetchall()
     lines = [f"**{snapshot}** since the snapshot before it", "", "| change | cause | because | samples |"]
-    lines += ["|:--|:--|:--|--:|", *(f"| {c} | {cause} | {_cell(why)} | {n:,} |" for c, cause, why, n in rows)]
+    lines += ["|:--|:--|:--|--:|", *(f"| {c} | {cause} | {cell(why)} | {n:,} |" for c, cause, why, n in rows)]
     return "\n".join(lines if rows else [*lines[:2], "Nothing was added or removed."]) + "\n"
 
 
@@ -122,7 +123,3 @@ def _texts(policy: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 def _decisions(entries: Iterable[FileEntry], warehouse: Warehouse) -> pa.Table:
     return warehouse.read_tables([entry.path for entry in entries], DECISIONS, COLUMNS)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -4,11 +4,13 @@ Every sample carries all its reasons, so a condition's count does not depend on 
 the cumulative column does.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks.curation.limits import ConceptCount
@@ -138,13 +140,13 @@ def funnel_markdown(funnel: Funnel, what: str = "samples") -> str:
         "|:--|:--|--:|--:|--:|",
     ]
     for stage in funnel.conditions:
-        lines.append(_row(stage.name, f"`{_cell(stage.rule)}`", stage.fails, stage.fails_alone, stage.remaining))
+        lines.append(_row(stage.name, f"`{cell(stage.rule)}`", stage.fails, stage.fails_alone, stage.remaining))
     for stage in funnel.duplicates:
         lines.append(
-            _row(f"duplicate: {stage.name}", _cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining)
+            _row(f"duplicate: {stage.name}", cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining)
         )
     for stage in funnel.limits:
-        lines.append(_row(f"limit: {stage.name}", _cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining))
+        lines.append(_row(f"limit: {stage.name}", cell(stage.rule), stage.fails, stage.fails_alone, stage.remaining))
     return "\n".join(lines) + "\n"
 
 
@@ -152,5 +154,20 @@ def _row(*cells: str | int) -> str:
     return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
 
 
-def _cell(text: str) -> str:
+def count_overlap(failed: pa.ChunkedArray) -> dict[tuple[str, str], int]:
+    """Return how many samples fail both conditions, by their names; of one name twice, how many fail this one alone.
+
+    `failed` holds each sample's list of names. Pairs that no sample fails are left out.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for names, count in Counter(map(tuple, failed.to_pylist())).items():
+        for one in names:
+            for other in names:
+                if one != other or len(names) == 1:
+                    counts[one, other] += count
+    return dict(counts)
+
+
+def cell(text: str) -> str:
+    """Return text on one line that stays in its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -18,8 +18,9 @@ from storage.refs import DecisionsRef, PairsRef, PoolRef, ShardRef, SignalRef
 from storage.schema import DECISIONS, column
 from storage.warehouse import Warehouse
 from tasks.curation.columns import Columns, find_columns
-from tasks.curation.conditions import Expression, PolicyError, Value, check_expression, evaluate, locked_connection
+from tasks.curation.conditions import Expression, PolicyError, check_expression, evaluate, locked_connection
 from tasks.curation.decide import READERS, decide, in_top
+from tasks.curation.funnel import cell, count_overlap
 from tasks.curation.parallel import in_order
 from tasks.curation.policy import SAMPLE_COLUMNS, CheckedPolicy, Policy, TopFraction
 
@@ -116,7 +117,10 @@ class Comparison:
                 lines += [f"| {', '.join(names)} | {count:,} |" for names, count in reasons.items()] + [""]
         if self.groups:
             lines += ["| group | samples | kept by a | kept by b |", "|:--|--:|--:|--:|"]
-            lines += [f"| {_cell(name)} | {samples:,} | {a:,} | {b:,} |" for name, samples, a, b in self.groups]
+            lines += [
+                f"| {cell('unknown' if name is None else name)} | {samples:,} | {a:,} | {b:,} |"
+                for name, samples, a, b in self.groups
+            ]
         return "\n".join(lines) + "\n"
 
 
@@ -152,8 +156,8 @@ def compare(
         both=int((kept_a & kept_b).sum()),
         only_a=_reasons(other, kept_a & ~kept_b),
         only_b=_reasons(one, kept_b & ~kept_a),
-        overlap_a=_overlap(one),
-        overlap_b=_overlap(other),
+        overlap_a=count_overlap(one["failed"]),
+        overlap_b=count_overlap(other["failed"]),
         groups=tuple(sorted(counted, key=lambda row: -row[1])),
     )
 
@@ -240,17 +244,3 @@ def _reasons(decisions: pa.Table, where: NDArray[np.bool_]) -> dict[tuple[str, .
     rows = decisions.filter(pa.array(where))
     reasons = zip(rows["failed"].to_pylist(), rows["duplicate_rule"].to_pylist(), strict=True)
     return dict(Counter(tuple(failed) or (f"duplicate: {rule}",) for failed, rule in reasons).most_common())
-
-
-def _overlap(decisions: pa.Table) -> dict[tuple[str, str], int]:
-    counts: Counter[tuple[str, str]] = Counter()
-    for failed, count in Counter(map(tuple, decisions["failed"].to_pylist())).items():
-        for one in failed:
-            for other in failed:
-                if one != other or len(failed) == 1:
-                    counts[one, other] += count
-    return dict(counts)
-
-
-def _cell(value: Value | None) -> str:
-    return " ".join(str("unknown" if value is None else value).split()).replace("|", "\\|")

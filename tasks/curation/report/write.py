@@ -13,7 +13,7 @@ from storage.schema import QUARANTINE
 from storage.snapshot import Manifest, read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation.difference import difference
-from tasks.curation.funnel import Funnel
+from tasks.curation.funnel import Funnel, count_overlap
 from tasks.curation.report.charts import funnel_chart, histogram
 from tasks.curation.report.measured import Measured, read_measured
 from tasks.curation.report.pictures import take_pictures
@@ -94,16 +94,8 @@ def _histograms(measured: Measured) -> list[Histogram]:
 
 def _overlap(measured: Measured, names: list[str]) -> list[tuple[str, list[int]]]:
     """Rows of the overlap matrix: how many samples fail both conditions; on the diagonal, only that one."""
-    reasons = Counter(map(tuple, measured.samples["failed"].to_pylist()))
-    matrix = np.zeros((len(names), len(names)), np.int64)
-    number = {name: at for at, name in enumerate(names)}
-    for failed, count in reasons.items():
-        own = [number[name] for name in failed if name in number]
-        for one in own:
-            for other in own:
-                if one != other or len(failed) == 1:
-                    matrix[one, other] += count
-    return [(name, row) for name, row in zip(names, matrix.tolist(), strict=True)]
+    counts = count_overlap(measured.samples["failed"])
+    return [(one, [counts.get((one, other), 0) for other in names]) for one in names]
 
 
 def _breakdowns(measured: Measured) -> list[Breakdown]:
