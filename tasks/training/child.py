@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import islice
@@ -17,33 +16,22 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
-from tasks.training.collate import CompletionCollator
-from tasks.training.conversations import ConversationCollator, check_loss, make_collator
+from tasks.training.checkpoints import MarkComplete, last_complete_checkpoint
+from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
+from tasks.training.metrics import METRICS, WriteMetrics
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
 
 log = logging.getLogger(__name__)
 
 CHECKED_ROWS = 8
-PROGRESS_SECONDS = 5.0
-COMPLETE = "complete"
-METRICS = "metrics.jsonl"
 
 
 def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -59,52 +47,54 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     set_seed(recipe.seed)  # LoRA's initial weights are random
     model = _adapted(base, recipe, config["parent_adapter"])
     log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), _trainable(model) / 1e6)
-
     examples = read_examples(Path(config["examples"]))
-    collator = make_collator(processor, examples, stop_ids(base))
-    check_loss(collator, islice(examples, CHECKED_ROWS))
-
-    trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
-    checkpoint = last_complete_checkpoint(folder / "checkpoints")
-    if checkpoint:
-        log.info("going on from %s", checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_model(model, processor, examples, recipe, placement, folder)
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     (folder / "adapter" / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
     return _result(model, processor, placement, folder)
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose last file was written, or None. What a kill left half-written is ignored."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
-    if parent_adapter is None:
-        return models.add_lora(base, recipe, base_model=recipe.base_model)
-    log.info("starting from the parent run's adapter")
-    return models.load_adapter(base, parent_adapter, trainable=True)
-
-
-def _trainable(model: PeftModel) -> int:
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def _trainer(
+def train_model(
     model: PeftModel,
     processor: ProcessorMixin,
-    collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
     recipe: Recipe,
     placement: models.Placement,
     folder: Path,
-) -> SFTTrainer:
+) -> None:
+    """Train `model` in place, going on from the last complete checkpoint in `folder` if there is one.
+
+    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves `checkpoints/` and `metrics.jsonl` in
+    `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not.
+    """
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    collator = make_collator(processor, examples, stop_ids(base))
+    check_loss(collator, islice(examples, CHECKED_ROWS))
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(len(examples), recipe, placement, folder),
+        train_dataset=examples,
+        processing_class=processor,
+        data_collator=collator,
+        callbacks=[WriteMetrics(folder / METRICS), MarkComplete()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    for weight in model.parameters():
+        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
+            weight.data = weight.data.float()
+    checkpoint = last_complete_checkpoint(folder / "checkpoints")
+    if checkpoint:
+        log.info("going on from %s", checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _arguments(examples: int, recipe: Recipe, placement: models.Placement, folder: Path) -> SFTConfig:
     on_gpu = placement.device.type == "cuda"
     per_step = recipe.batch_size * recipe.accumulation
-    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(len(examples) / per_step)))
-    log.info("%d examples, %d steps of %d", len(examples), steps, per_step)
-    args = SFTConfig(
+    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(examples / per_step)))
+    log.info("%d examples, %d steps of %d", examples, steps, per_step)
+    return SFTConfig(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
@@ -128,70 +118,17 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=examples,
-        processing_class=processor,
-        data_collator=collator,
-        callbacks=[_Progress(folder / METRICS)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    for weight in model.parameters():
-        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
-            weight.data = weight.data.float()
-    return trainer
 
 
-class _Progress(TrainerCallback):
-    """Writes a line of metrics for every step, prints one now and then, and marks checkpoints that are whole."""
+def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
+    if parent_adapter is None:
+        return models.add_lora(base, recipe, base_model=recipe.base_model)
+    log.info("starting from the parent run's adapter")
+    return models.load_adapter(base, parent_adapter, trainable=True)
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
-        self.printed = self.last = time.monotonic()
-        self.tokens = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        self.metrics.write_text("".join(f"{line}\n" for line in lines[: state.global_step]))  # the rest comes again
-        self.last = time.monotonic()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        now = time.monotonic()
-        line = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "loss": logs["loss"],
-            "token_accuracy": logs["mean_token_accuracy"],
-            "entropy": logs["entropy"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": int(logs["num_tokens"]) - self.tokens,
-            "seconds": now - self.last,
-        }
-        self.last, self.tokens = now, int(logs["num_tokens"])
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if now - self.printed >= PROGRESS_SECONDS or state.global_step in (1, state.max_steps):
-            self.printed = now
-            log.info(
-                "step %d of %d: loss %.4f, token accuracy %.3f, %.0f tokens/s",
-                *(line["step"], state.max_steps, line["loss"], line["token_accuracy"]),
-                line["tokens"] / line["seconds"],
-            )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert args.output_dir is not None
-        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+def _trainable(model: PeftModel) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from storage.snapshot import commit, read_manifest
 from storage.warehouse import Warehouse
 from tasks.training import fit
 from tasks.training.base_model import find_base_model
-from tasks.training.child import COMPLETE, last_complete_checkpoint
+from tasks.training.checkpoints import COMPLETE, last_complete_checkpoint
 from tasks.training.fit import TrainingFailed, train
 from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import publish
