@@ -20,7 +20,6 @@ from transformers import (
     Gemma4VisionConfig,
     GenerationConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 
 from tasks.training.model import decoder_name

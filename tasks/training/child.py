@@ -25,8 +25,10 @@ from tasks.training import model as models
 from tasks.training.checkpoints import MarkComplete, last_complete_checkpoint
 from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
+from tasks.training.features import with_features
 from tasks.training.metrics import METRICS, WriteMetrics
 from tasks.training.recipe import Recipe
+from tasks.training.speed import quicken
 from tasks.training.template import stop_ids
 
 log = logging.getLogger(__name__)
@@ -69,17 +71,21 @@ def train_model(
     """
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
-    collator = make_collator(processor, examples, stop_ids(base))
-    check_loss(collator, islice(examples, CHECKED_ROWS))
+    rendered = make_collator(processor, examples, stop_ids(base))
+    check_loss(rendered, islice(examples, CHECKED_ROWS))
+    args = _arguments(len(examples), recipe, placement, folder)
+    seen = args.max_steps * recipe.batch_size * recipe.accumulation
+    collator = with_features(rendered, model, examples, recipe, epochs=seen / len(examples), folder=folder)
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(len(examples), recipe, placement, folder),
+        args=args,
         train_dataset=examples,
         processing_class=processor,
         data_collator=collator,
         callbacks=[WriteMetrics(folder / METRICS), MarkComplete()],
     )
     trainer.remove_callback(PrinterCallback)
+    quicken(model, recipe, on_gpu=placement.device.type == "cuda", batches=args.max_steps * recipe.accumulation)
     for weight in model.parameters():
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
             weight.data = weight.data.float()
@@ -105,9 +111,7 @@ def _arguments(examples: int, recipe: Recipe, placement: models.Placement, folde
         seed=recipe.seed,
         bf16=placement.dtype == torch.bfloat16,
         use_cpu=not on_gpu,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=False,  # speed.py does it, layer by layer
         max_length=None,  # truncation would cut image tokens
         dataloader_num_workers=min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
         dataloader_pin_memory=on_gpu,

@@ -6,7 +6,9 @@ The features lie in one file, memory-mapped, in the model's own precision; a bat
 import inspect
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+
+from tasks.training.model import decoder_name
+from tasks.training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +33,7 @@ Collator = Callable[[list[Row]], Batch]
 PIXELS, FEATURES = "pixel_values", "image_features"
 INDEX, DATA = "features.json", "features.bin"
 MOST_OF_THE_DISK = 0.5
+PAYS_AFTER_EPOCHS = 2
 
 
 class NotCacheable(RuntimeError):  # noqa: N818 - says what is the matter
@@ -73,9 +80,9 @@ class FeatureCollator:
 class FeatureInput:
     """Lets a model take `image_features` where it would take `pixel_values`; `remove` undoes it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         self._inner = model.base_model
-        self._compute = self._inner.get_image_features
+        self._compute: Callable[..., Any] = self._inner.get_image_features
         self._given: Tensor | None = None
         self._is_tuple = True
         self._hook = self._inner.register_forward_pre_hook(self._take, with_kwargs=True)
@@ -111,6 +118,39 @@ class _Pooled:
     """As much of a vision tower's output as a model reads."""
 
     pooler_output: tuple[Tensor, ...] | Tensor
+
+
+def with_features(
+    collator: Collator, model: PeftModel, rows: Any, recipe: Recipe, *, epochs: float, folder: Path
+) -> Collator:
+    """Return `collator`, giving features in place of images if the recipe wants that and the model allows it.
+
+    From then on `model` takes such batches. Says in the log what was decided, and why.
+    """
+    base: Any = model.get_base_model()
+    outside = [w for name, w in base.named_parameters() if not name.startswith(decoder_name(base) + ".")]
+    if any(weight.requires_grad for weight in outside):
+        if recipe.cache_vision_features:
+            raise RecipeError("cache_vision_features: the vision tower or projector is trained. Leave it empty.")
+        return collator
+    wanted = epochs >= PAYS_AFTER_EPOCHS if recipe.cache_vision_features is None else recipe.cache_vision_features
+    if not wanted:
+        return collator
+    on_gpu = base.device.type == "cuda"
+    workers = min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0
+    started = time.monotonic()
+    try:
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+            cache = cache_features(base, rows, collator, folder=folder, batch_size=recipe.batch_size, workers=workers)
+    except NotCacheable as error:
+        log.info("images are computed anew each time: %s", error)
+        return collator
+    log.info(
+        "image features of %d samples in %.0f s, %.2f GiB",
+        *(len(cache.spans), time.monotonic() - started, cache.data.nbytes / 2**30),
+    )
+    FeatureInput(base)
+    return FeatureCollator(collator, cache)
 
 
 def cache_features(
@@ -177,7 +217,9 @@ def _check(model: PreTrainedModel, source: FeatureInput, batch: Batch, *, disk: 
     finally:
         model.train(training)
     if not torch.equal(wanted, found):
-        raise NotCacheable(f"{type(model).__name__} computes something else from cached image features than from images")
+        raise NotCacheable(
+            f"{type(model).__name__} computes something else from cached image features than from images"
+        )
     needed = rows * features.numel() * features.element_size()
     if needed > disk * MOST_OF_THE_DISK:
         raise NotCacheable(f"the image features would take {needed / 2**30:.1f} of {disk / 2**30:.1f} GiB free disk")

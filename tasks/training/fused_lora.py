@@ -1,8 +1,8 @@
 """LoRA linears as one operation: base and adapter add up inside the matrix products, and 4-bit weights are never kept.
 
 PEFT computes the base, clones it, computes the adapter beside it and adds the two, which moves every activation through
-memory four more times. It is an opaque operation to the compiler on purpose: seen through, the unpacked weights of the
-forward pass would be kept for the backward pass, a whole model in 16 bits.
+memory four more times. On a 4-bit base it is opaque to the compiler on purpose: seen through, the weights unpacked in
+the forward pass could be kept for the backward pass, a whole model in 16 bits.
 """
 
 from typing import Any
@@ -14,8 +14,6 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-# What unpacks a weight in NF4 with double quantisation: scales, their own scales, code books and offset.
-Packing = list[Tensor]
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
@@ -28,7 +26,7 @@ def fuse_lora(model: PeftModel) -> int:
     """
     fused = 0
     for module in model.modules():
-        if type(module) is Linear and _can_fuse(module):
+        if type(module) is Linear and _can_fuse(module) and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = _FusedLinear
         elif type(module) is Linear4bit and _can_fuse(module) and _is_double_nf4(module.get_base_layer()):
             module.__class__ = _FusedLinear4bit
@@ -46,7 +44,6 @@ def _can_fuse(module: Any) -> bool:
         and not module.lora_variant
         and not module.lora_bias[adapter]
         and isinstance(module.lora_dropout[adapter], nn.Identity)
-        and isinstance(module.get_base_layer(), nn.Linear)
     )
 
 
@@ -63,40 +60,40 @@ def _is_double_nf4(base: Any) -> bool:
 class _FusedForward:
     """PEFT's forward, unless the one adapter is switched off or merged."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters or self.merged or args or kwargs:
-            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return result
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         [adapter] = self.lora_A.keys()
-        base = self.get_base_layer()
-        packing, shape = _packing(base)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        output: Tensor
-        output, _ = _lora_linear(x, base.weight, packing, shape, base.bias, a, b, self.scaling[adapter])
-        return output
+        return self.add_up(x, self.get_base_layer(), a, b, self.scaling[adapter])
 
 
 class _FusedLinear(_FusedForward, Linear):
-    pass
+    @staticmethod
+    def add_up(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        output = nn.functional.linear(x, base.weight.to(x.dtype), bias).flatten(0, -2)
+        inner = nn.functional.linear(x, a.to(x.dtype)).flatten(0, -2)
+        return torch.addmm(output, inner, (b * scaling).to(x.dtype).t()).view(*x.shape[:-1], -1)
 
 
 class _FusedLinear4bit(_FusedForward, Linear4bit):
-    pass
+    @staticmethod
+    def add_up(x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        state = base.weight.quant_state
+        packing = [state.absmax, state.state2.absmax, state.state2.code, state.offset]
+        output: Tensor
+        output, _ = _lora_linear(x, base.weight, packing, list(state.shape), base.bias, a, b, scaling)
+        return output
 
 
-def _packing(base: nn.Linear) -> tuple[Packing, list[int]]:
-    state: QuantState | None = getattr(base.weight, "quant_state", None)
-    if state is None:
-        return [], list(base.weight.shape)
-    return [state.absmax, state.state2.absmax, state.state2.code, state.offset], list(state.shape)
+def _unpacked(weight: Tensor, packing: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
+    """The weight as a matrix of `shape` (outputs, inputs) in `dtype`.
 
-
-def _unpacked(weight: Tensor, packing: Packing, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """The weight as a matrix of `shape` (outputs, inputs) in `dtype`."""
-    if not packing:
-        return weight.to(dtype)
+    `packing` is what double quantisation keeps beside it: scales in 8 bits, their own scales, code book and offset.
+    """
     absmax, nested_absmax, nested_code, offset = packing
     scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
         absmax, nested_absmax, nested_code, _NESTED_BLOCK, torch.float32

@@ -57,7 +57,12 @@ class Recipe(BaseModel):
     lora_alpha: int = Field(
         default=64, ge=1, le=4096, description="LoRA scale: the update is multiplied by alpha / rank."
     )
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout before the LoRA matrices, 0-1.")
+    lora_dropout: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="Dropout before the LoRA matrices, 0-1. Without it, they are computed faster.",
+    )
     lora_targets: str = Field(
         default="(q|k|v|o|gate|up|down)_proj",
         min_length=1,
@@ -77,8 +82,22 @@ class Recipe(BaseModel):
     max_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps. Empty means as many as epochs asks for."
     )
-    gradient_checkpointing: bool = Field(
-        default=True, description="Compute activations again in the backward pass: slower, but needs far less memory."
+    checkpointed_share: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the language model's layers whose activations are computed again in the backward pass, "
+        "0-1: slower, but needs less memory. Empty means as few as the device's memory allows.",
+    )
+    compile: bool | None = Field(
+        default=None,
+        description="Whether the layers are compiled, which takes a minute or two. Empty means on a GPU, if the "
+        "training is long enough for it to pay.",
+    )
+    cache_vision_features: bool | None = Field(
+        default=None,
+        description="Whether what a frozen vision tower makes of each image is computed once and kept on disk. Empty "
+        "means if the images are seen more than once.",
     )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."

@@ -4,23 +4,47 @@ Which layers are computed again in the backward pass, which are compiled, and wh
 """
 
 import logging
+from functools import partial
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tasks.training.fused_lora import fuse_lora
 from tasks.training.model import decoder_name
+from tasks.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 # Kinds of layers times lengths of batches: each is compiled once.
 COMPILED_VARIANTS = 64
 
+# Forward passes after which compiling, a minute or two, has paid for itself.
+COMPILING_PAYS = 200
+
+
+def quicken(model: PeftModel, recipe: Recipe, *, on_gpu: bool, batches: int) -> None:
+    """Make the training of `model` as fast as the recipe allows, for that many forward passes; say how in the log."""
+    share = recipe.checkpointed_share if recipe.checkpointed_share is not None else float(on_gpu)
+    checkpointed = checkpoint_layers(model, share)
+    fused = fuse_lora(model) if on_gpu else 0
+    compiled = recipe.compile if recipe.compile is not None else on_gpu and batches >= COMPILING_PAYS
+    if compiled:
+        compile_layers(model)
+    log.info(
+        "%d of %d layers computed again in the backward pass, %d LoRA layers fused, %s",
+        *(checkpointed, len(decoder_layers(model)), fused),
+        "compiled" if compiled else "not compiled",
+    )
+
 
 def decoder_layers(model: PeftModel) -> list[GradientCheckpointingLayer]:
     """Return the layers of the language model, first to last."""
     base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
     return _layers(base.get_submodule(decoder_name(base)))
 
 
@@ -32,27 +56,26 @@ def checkpoint_layers(model: PeftModel, share: float) -> int:
     """Compute the activations of this share (0–1) of the decoder's layers again in the backward pass; return how many.
 
     The layers are spread evenly. Layers outside the language model are computed again if anything in them is trained.
-    Inputs are not made to need gradients: `use_reentrant=False` does not ask for it, and through a frozen vision tower
-    it would cost a backward pass that leads nowhere.
+    Transformers' own switch does the same for all layers, and makes the inputs of every tower need gradients: through a
+    frozen vision tower that costs a backward pass that leads nowhere.
     """
-    if share == 0:
-        return 0
-    base = model.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.disable_input_require_grads()
     decoder = decoder_layers(model)
     inside = {id(layer) for layer in decoder}
-    for layer in _layers(base):
-        if id(layer) not in inside:
-            layer.gradient_checkpointing = any(weight.requires_grad for weight in layer.parameters())
-    for at, layer in enumerate(decoder):
-        layer.gradient_checkpointing = int((at + 1) * share) > int(at * share)
-    return sum(layer.gradient_checkpointing for layer in decoder)
+    chosen = [layer for at, layer in enumerate(decoder) if int((at + 1) * share) > int(at * share)]
+    outside = [layer for layer in _layers(model.get_base_model()) if id(layer) not in inside]
+    for layer in chosen + [layer for layer in outside if share and _is_trained(layer)]:
+        # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
+        setattr(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
+        layer.gradient_checkpointing = True
+    return len(chosen)
 
 
 def compile_layers(model: PeftModel) -> None:
-    """Compile each layer of the language model, and of other towers where something is trained, for static shapes."""
+    """Compile each layer of the model, its towers included, for each shape it meets."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-    trained = [layer for layer in _layers(model.get_base_model()) if any(w.requires_grad for w in layer.parameters())]
-    for layer in {id(layer): layer for layer in [*decoder_layers(model), *trained]}.values():
+    for layer in _layers(model.get_base_model()):
         layer.compile(dynamic=False)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in module.parameters())

@@ -209,7 +209,7 @@ def test_a_run_trains_on_documents_and_knows_their_images(
     warehouse, snapshot = published
     run = train(
         snapshot,
-        recipe.model_copy(update={"max_steps": 1, "accumulation": 1, "gradient_checkpointing": False}),
+        recipe.model_copy(update={"max_steps": 1, "accumulation": 1, "checkpointed_share": 0}),
         warehouse=warehouse,
     ).ref
     [row] = warehouse.read_table(run.table).to_pylist()

@@ -39,6 +39,7 @@ def plain() -> Pair:
 def four_bit() -> Pair:
     pair = plain()
     pair.up, pair.down = quantize(pair.up), quantize(pair.down)
+    pair.is_loaded_in_4bit = True  # by which PEFT knows
     return pair
 
 

@@ -16,10 +16,10 @@ def write(path: Path, text: str) -> Path:
 
 def test_defaults_are_the_qlora_recipe() -> None:
     recipe = Recipe(base_model="model")
-    assert (recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout) == (64, 64, 0.05)
+    assert (recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout) == (64, 64, 0)
     assert recipe.learning_rate == 5e-5
     assert recipe.batch_size == recipe.accumulation == 4
-    assert recipe.gradient_checkpointing
+    assert recipe.checkpointed_share is None  # as little as memory allows
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
