@@ -6,115 +6,39 @@
 """
 
 import argparse
-import io
 import json
-import random
 import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import torch
-from transformers import (
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-    Gemma4Config,
-    Gemma4TextConfig,
-    Gemma4VisionConfig,
-    GenerationConfig,
-)
+from transformers import AutoModelForMultimodalLM, GenerationConfig
 
+from benchmarks.gpu.scenes import publish_scenes
+from benchmarks.gpu.shapes import SAMPLE, gemma4_31b, write_processor
 from benchmarks.record import record
-from storage.refs import RunRef, SnapshotRef
-from storage.schema import CURATED
-from storage.snapshot import Draft, FileEntry, commit
+from storage.refs import RunRef
 from storage.warehouse import Warehouse
 from tasks.adapters.merge import merge
-from tasks.curation.scene import describe, draw_scene, render
 from tasks.evaluation.generate import evaluate
 from tasks.training.fit import train
 from tasks.training.recipe import Recipe
 
-SAMPLE = Path("tasks/sample_models/gemma")
 WARM_UP_STEPS = 3
 IMAGE_TOKENS = 280
 
 
-def build_config(layers: int) -> Gemma4Config:
-    """The configuration of Gemma 4 31B with fewer decoder layers and the sample's token ids."""
-    text = Gemma4TextConfig(
-        hidden_size=5376,
-        intermediate_size=21504,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        head_dim=256,
-        global_head_dim=512,
-        num_global_key_value_heads=4,
-        attention_k_eq_v=True,
-        use_bidirectional_attention="vision",
-        hidden_size_per_layer_input=0,
-        sliding_window=1024,
-        final_logit_softcapping=30.0,
-    )
-    vision = Gemma4VisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        head_dim=72,
-        standardize=True,
-    )
-    sample = json.loads((SAMPLE / "config.json").read_text())
-    tokens = {name: value for name, value in sample.items() if "token" in name and value is not None}
-    return Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
-
-
 def write_model(folder: Path, layers: int) -> Path:
-    """Write a random model of `build_config` in bfloat16, with the sample's processor set to its image size."""
-    processor = AutoProcessor.from_pretrained(SAMPLE)
-    processor.image_processor.pooling_kernel_size = 3
-    processor.save_pretrained(folder)
+    """Write a random model of the 31B's width in bfloat16, with the sample's processor set to its image size."""
+    write_processor(folder, gemma4_31b(layers))
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = AutoModelForMultimodalLM.from_config(build_config(layers), dtype=torch.bfloat16)
+        model = AutoModelForMultimodalLM.from_config(gemma4_31b(layers), dtype=torch.bfloat16)
     model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
     model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()
     return folder
-
-
-def publish_scenes(warehouse: Warehouse, samples: int) -> SnapshotRef:
-    """Publish scenes of 640×480 pixels as a snapshot: `samples` to train on, 16 for validation and 16 for test."""
-    rng = random.Random(0)
-    rows = []
-    for at in range(samples + 32):
-        scene, picture = draw_scene(rng), io.BytesIO()
-        render(scene, size=(640, 480), seed=at).save(picture, "JPEG")
-        row = {
-            "sample_id": f"{at:032x}",
-            "image": {"bytes": picture.getvalue(), "path": f"{at}.jpg"},
-            "caption": describe(scene, rng),
-            "split": "train" if at < samples else ("validation", "test")[at % 2],
-        }
-        rows.append(row)
-    path = "snapshots/scenes/curated/scenes.parquet"
-    warehouse.write_table(path, pa.Table.from_pylist(rows, schema=CURATED))
-    entry = FileEntry(path=path, rows=len(rows), bytes=0, sha256="scenes", pool_shard="scenes")
-    draft = Draft(
-        pool="scenes",
-        pool_shards=("scenes",),
-        policy={},
-        signals={},
-        pairs={},
-        decisions=(),
-        curated=(entry,),
-        published=None,
-        counts={},
-    )
-    return commit(warehouse, "scenes", lambda latest: draft).ref
 
 
 def figures_of(run: RunRef, warehouse: Warehouse) -> dict[str, float | int | str]:
@@ -146,7 +70,7 @@ def main() -> None:
     figures: dict[str, float | int | str] = {}
     with tempfile.TemporaryDirectory() as folder:
         warehouse = Warehouse(f"{folder}/warehouse")
-        snapshot = publish_scenes(warehouse, samples=96)
+        snapshot = publish_scenes(warehouse, samples=96, size=(640, 480))
         model = SAMPLE if args.tiny else write_model(Path(folder, "model"), args.layers)
         recipe = Recipe(
             base_model=str(model),

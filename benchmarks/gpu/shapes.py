@@ -15,12 +15,14 @@ from torch import nn
 from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
+    BitsAndBytesConfig,
     Gemma4Config,
     Gemma4TextConfig,
     Gemma4VisionConfig,
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from tasks.training.model import decoder_name
 
@@ -97,10 +99,10 @@ def _with_sample_tokens(text: Gemma4TextConfig, vision: Gemma4VisionConfig) -> G
     return Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **tokens)
 
 
-def write_processor(folder: Path) -> Path:
-    """Write the sample's processor with Gemma 4's own pooling of 3 × 3 patches."""
+def write_processor(folder: Path, config: Gemma4Config) -> Path:
+    """Write the sample's processor with the configuration's pooling of patches."""
     processor = AutoProcessor.from_pretrained(SAMPLE)
-    processor.image_processor.pooling_kernel_size = 3
+    processor.image_processor.pooling_kernel_size = config.vision_config.pooling_kernel_size
     processor.save_pretrained(folder)
     return folder
 
@@ -123,8 +125,16 @@ def random_model(config: Gemma4Config, *, four_bit: bool, device: str = "cuda") 
     model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
     model.to(device)
     if four_bit:
-        model.is_quantized = model.is_loaded_in_4bit = True  # type: ignore[attr-defined]
+        _mark_quantized(model)
     return model
+
+
+def _mark_quantized(model: Any) -> None:
+    """Say what loading a quantized model would have said, for the libraries that ask."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model.hf_quantizer = AutoHfQuantizer.from_config(config)
+    model.config.quantization_config = config
+    model.is_quantized = model.is_loaded_in_4bit = True
 
 
 def _packed(linear: nn.Linear, device: str) -> Linear4bit:
