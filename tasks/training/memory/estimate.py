@@ -1,9 +1,10 @@
 """Predicts the peak GPU memory of a training from its configuration and recipe, before a weight is loaded."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -12,7 +13,7 @@ from tasks.training.memory.skeleton import Layer, Skeleton, Stack, image_inputs,
 from tasks.training.recipe import Recipe
 
 Logits = Literal["supervised", "all"]
-"""Positions whose logits are computed: those with a label, as TRL's fused head does, or all, as the model itself does."""
+"""Positions whose logits are computed: those with a label, as by TRL's fused head, or all, as by the model itself."""
 
 TILE_TOKENS, TILE_ENTRIES = 4096, 32768
 """Tokens and entries of the vocabulary whose logits TRL's fused head has at a time (`trl.kernels.chunked_logprob`)."""
@@ -45,9 +46,9 @@ class Workload:
 class Estimate:
     """Bytes held at the moment of a training step when most is held, as `torch.cuda.max_memory_allocated` counts them.
 
-    `weights` are frozen, `adapters` are trained. `activations` are kept for the backward pass at that moment; `working` is
-    what the layer then at work needs besides, and `logits` what the output head does. The CUDA context, and what the
-    allocator holds without using it, come on top. `moment` says when it is.
+    `weights` are frozen, `adapters` are trained. `activations` are kept for the backward pass at that moment; `working`
+    is what the layer then at work needs besides, and `logits` what the output head does. The CUDA context, and what
+    the allocator holds without using it, come on top. `moment` says when it is.
     """
 
     weights: int
@@ -87,11 +88,13 @@ def estimate(
 ) -> Estimate:
     """Return the predicted peak of training `config`'s model as `recipe` says, on a GPU.
 
-    `batch` rows are padded to `sample_tokens` each and have `images` images of up to `image_tokens` tokens (those of the
-    recipe if None). `compiled` says whether the layers go through `torch.compile`. `checkpointed_share` (0-1) is the
-    share of the language model's layers that are computed again in the backward pass.
+    `batch` rows are padded to `sample_tokens` each and have `images` images of up to `image_tokens` tokens (those of
+    the recipe if None). `compiled` says whether the layers go through `torch.compile`. `checkpointed_share` (0-1) is
+    the share of the language model's layers that are computed again in the backward pass.
     """
-    model = MemoryModel(skeleton_of(config, recipe, adapter_dtype=adapter_dtype), recipe, compiled=compiled, logits=logits)
+    model = MemoryModel(
+        skeleton_of(config, recipe, adapter_dtype=adapter_dtype), recipe, compiled=compiled, logits=logits
+    )
     tokens = image_tokens or recipe.max_image_tokens or IMAGE_TOKENS
     workload = Workload(batch, sample_tokens, images, tokens, supervised_tokens)
     return model.estimate(workload, checkpointed_share=checkpointed_share)
@@ -100,9 +103,11 @@ def estimate(
 class MemoryModel:
     """Predicts peaks of one model and recipe for many workloads; a workload's layers are rehearsed once."""
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, *, compiled: bool = True, logits: Logits = "supervised") -> None:
+    def __init__(
+        self, skeleton: Skeleton, recipe: Recipe, *, compiled: bool = True, logits: Logits = "supervised"
+    ) -> None:
         self.skeleton, self.recipe, self.compiled, self.logits = skeleton, recipe, compiled, logits
-        self._stack = lru_cache(maxsize=64)(self._rehearsed)
+        self._stack = lru_cache(maxsize=64)(self._rehearse)
         trained = skeleton.trained()
         self.resting = Estimate(
             weights=skeleton.weight_bytes(),
@@ -128,7 +133,17 @@ class MemoryModel:
         ]
         return max(moments, key=lambda moment: moment.peak_bytes)
 
-    def _rehearsed(self, workload: Workload) -> Stack:
+    def language_layers(self, workload: Workload) -> int:
+        """Return how many layers the language model has."""
+        return sum(not layer.vision for layer in self._stack(workload).layers)
+
+    def with_accumulation(self, accumulation: int) -> "MemoryModel":
+        """Return this model for another number of micro-batches a step; what was rehearsed is shared."""
+        other = copy(self)
+        other.recipe = self.recipe.model_copy(update={"accumulation": accumulation})
+        return other
+
+    def _rehearse(self, workload: Workload) -> Stack:
         images = workload.batch * workload.images
         return self.skeleton.stack(
             batch=workload.batch, tokens=workload.sample_tokens, images=images, image_tokens=workload.image_tokens
@@ -154,11 +169,12 @@ class MemoryModel:
         kept, moments = self._kept(stack, share), []
         for at, layer in enumerate(stack.layers):
             footprint = layer.footprint
+            own = footprint.hidden + footprint.kept_by(compiled=self.compiled)
             above = sum(higher.gradients for higher in stack.layers[at + 1 :])
             moments.append(
                 replace(
                     resting,
-                    activations=stack.around + sum(kept[:at]) + footprint.hidden + footprint.kept_by(compiled=self.compiled),
+                    activations=stack.around + sum(kept[:at]) + own,
                     working=footprint.working,
                     gradients=max(above, self._held_back),
                     moment=f"backward pass of layer {at + 1} of {len(stack.layers)}",
@@ -167,7 +183,7 @@ class MemoryModel:
         return moments
 
     def _kept(self, stack: Stack, share: float) -> list[int]:
-        """What each layer keeps from its forward pass: its input, and all that is needed if it is not computed again."""
+        """What each layer keeps from its forward pass: its input, and the rest too if it is not computed again."""
         again = checkpointed_layers(stack.layers, share)
         return [
             layer.footprint.hidden + (0 if at in again else layer.footprint.kept_by(compiled=self.compiled))
@@ -180,14 +196,14 @@ class MemoryModel:
         return self.resting.adapters if self.recipe.accumulation > 1 else 0
 
     def _logit_bytes(self, workload: Workload) -> int:
-        """The output head at work: a tile of logits and the hidden states with their gradients, or all logits as cross entropy takes them."""
-        text = self.skeleton.config.get_text_config()
+        """The output head at work: a tile of logits and the hidden states with gradients, or all logits with theirs."""
+        text: Any = self.skeleton.config.get_text_config()
         width = self.skeleton.dtype.itemsize
         if self.logits == "supervised":
             rows = min(workload.tokens, workload.batch * workload.supervised_tokens)
             return min(rows, TILE_TOKENS) * TILE_ENTRIES * width + rows * text.hidden_size * (4 + 2 * width)
         capped = 2 * width if getattr(text, "final_logit_softcapping", None) else width
-        return workload.tokens * text.vocab_size * (capped + 3 * 4)
+        return int(workload.tokens * text.vocab_size * (capped + 3 * 4))
 
     def _inputs(self, workload: Workload) -> int:
         """Images of all micro-batches of a step: the trainer fetches them together, to count their labels."""
@@ -195,7 +211,7 @@ class MemoryModel:
         if not images or self.skeleton.vision is None:
             return 0
         tensors = image_inputs(self.skeleton.config.vision_config, images, workload.image_tokens, torch.float32)
-        return self.recipe.accumulation * sum(t.numel() * t.element_size() for t in tensors.values())
+        return self.recipe.accumulation * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def checkpointed_layers(layers: Sequence[Layer], share: float) -> set[int]:

@@ -1,7 +1,7 @@
 """Rehearses a layer's forward and backward pass without data, and counts the memory each moment of it would hold.
 
-The layer lies on PyTorch's `meta` device: shapes, dtypes and lifetimes are real, bytes are not. So what is counted is what
-the layer's own code allocates, whatever the model's family, and no formula has to follow the code by hand.
+The layer lies on PyTorch's `meta` device: shapes, dtypes and lifetimes are real, bytes are not. So what is counted is
+what the layer's own code allocates, whatever the model's family, and no formula has to follow the code by hand.
 """
 
 import weakref
@@ -28,8 +28,8 @@ class Footprint:
 
     `hidden` is the size of those hidden states, and of those it returns. `kept` is what its eager forward keeps for the
     backward pass, and `kept_compiled` the same for `torch.compile`, which recomputes pointwise results and keeps what
-    goes into and comes out of matrix products and attention. `working` is the most its two passes hold beyond `kept`, the
-    gradients of its own weights included.
+    goes into and comes out of matrix products and attention. `working` is the most its two passes hold beyond `kept`,
+    the gradients of its own weights included.
     """
 
     hidden: int
@@ -47,8 +47,8 @@ def rehearse(
 ) -> Footprint:
     """Return the footprint of `layer(*args, **kwargs)`, where `args[0]` is the hidden states, all on `meta`.
 
-    With `four_bit`, every frozen linear layer is unpacked to `dtype` anew for each matrix product, as bitsandbytes does.
-    Weights that are not in `dtype` are cast to it where they are used, as autocast does.
+    With `four_bit`, every frozen linear layer is unpacked to `dtype` anew for each matrix product, as bitsandbytes
+    does. Weights that are not in `dtype` are cast to it where they are used, as autocast does.
     """
     with _plain_lora_input(layer, plain=four_bit), AsOnGPU(four_bit=four_bit, dtype=dtype) as mode:
         given = args[0].detach().requires_grad_()
@@ -75,7 +75,12 @@ def rehearse_frozen(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 def size(tensor: torch.Tensor) -> int:
     """Return what the storage behind a tensor takes, bytes."""
-    return -(-tensor.untyped_storage().nbytes() // BLOCK) * BLOCK
+    return _rounded(tensor.untyped_storage())
+
+
+def _rounded(storage: torch.UntypedStorage) -> int:
+    taken: int = storage.nbytes()
+    return -(-taken // BLOCK) * BLOCK
 
 
 def _first(output: Any) -> torch.Tensor:
@@ -84,14 +89,14 @@ def _first(output: Any) -> torch.Tensor:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that were made under it and are still referred to: `live`, and the `peak` of it."""
+    """Counts the bytes of the storages that were made under it and are still held: `live`, and the `peak` of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(  # noqa: D102 - the interface's name
+    def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -102,7 +107,7 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, taken = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        key, taken = storage._cdata, _rounded(storage)
         self.live += taken
         self.peak = max(self.peak, self.live)
 
@@ -125,7 +130,7 @@ class AsOnGPU(TorchFunctionMode):
         self.four_bit, self.dtype = four_bit, dtype
         self.on_attention: Callable[[list[torch.Tensor]], None] = lambda tensors: None
 
-    def __torch_function__(  # noqa: D102 - the interface's name
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:

@@ -38,8 +38,8 @@ class Layer:
 class Stack:
     """The layers from bottom to top, and what is held around them, bytes.
 
-    `around` is what the language model keeps beside its layers: embeddings, per-layer inputs, the last norm. `frozen_vision`
-    is the most that a vision tower without gradients holds while it runs.
+    `around` is what the language model keeps beside its layers: embeddings, per-layer inputs, the last norm.
+    `frozen_vision` is the most that a vision tower without gradients holds while it runs.
     """
 
     layers: tuple[Layer, ...]
@@ -114,13 +114,12 @@ class Skeleton:
         Raises `ModelError` if the vision tower is trained and it is not known what such images are to it.
         """
         call = self._vision_call(images, image_tokens) if images else None
-        tower = self.vision
-        trained = tower is not None and any(weight.requires_grad for weight in tower.parameters())
-        frozen = rehearse_frozen(*call, dtype=self.dtype) if call and not trained else 0
-        vision: list[Layer] = []
-        if trained and call:
+        frozen, vision = 0, list[Layer]()
+        if call and self.vision and _gradients(self.vision):
             footprint = rehearse(*call, four_bit=False, dtype=self.dtype)
-            vision = [Layer(footprint, _gradients(layer), True) for layer in _repeated(tower)]
+            vision = [Layer(footprint, _gradients(layer), True) for layer in _repeated(self.vision)]
+        elif call:
+            frozen = rehearse_frozen(*call, dtype=self.dtype)
         language, around = self._language(batch, tokens)
         return Stack((*vision, *language), around, frozen)
 
@@ -129,18 +128,23 @@ class Skeleton:
         mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
         run = partial(self.decoder, input_ids=ids, attention_mask=mask, use_cache=False)
         layers = _repeated(self.decoder)
+        kinds = {_kind(layer): layer for layer in reversed(layers)}
+        # layers that read the keys and values of others are given them only if those run too
+        chosen = layers if getattr(self.config.get_text_config(), "num_kv_shared_layers", 0) else list(kinds.values())
+        others = [layer for layer in layers if layer not in chosen]
         with AsOnGPU(four_bit=self.four_bit, dtype=self.dtype):
-            with torch.no_grad(), _calls(layers) as calls:
+            with torch.no_grad(), _skipped(others), _calls(chosen) as calls:
                 run()
             hook = self.base.get_input_embeddings().register_forward_hook(_require_gradients)
             with _skipped(layers), Allocations() as memory:
                 out = run().last_hidden_state
                 around = memory.live - size(out)
             hook.remove()
-        known: dict[Any, Footprint] = {}
-        for call in calls:
-            if (kind := _kind(call[0])) not in known:
-                known[kind] = rehearse(*call, four_bit=self.four_bit, dtype=self.dtype)
+        known = {
+            _kind(call[0]): rehearse(*call, four_bit=self.four_bit, dtype=self.dtype)
+            for call in calls
+            if call[0] in kinds.values()
+        }
         return [Layer(known[_kind(layer)], _gradients(layer), False) for layer in layers], around
 
     def _vision_call(self, images: int, image_tokens: int) -> "Call | None":
@@ -155,16 +159,18 @@ class Skeleton:
         except _Reached:
             return calls[0]
         except Exception as error:
-            if not any(weight.requires_grad for weight in tower.parameters()):
+            if not _gradients(tower):
                 return None  # what it takes while it runs without gradients is little beside the language model
             raise ModelError(
-                f"{type(tower).__name__}: it is not known what images are to it ({error}), so the memory of training it "
-                "can't be predicted. Leave vision out of lora_parts, or set the batch yourself."
+                f"{type(tower).__name__}: it is not known what images are to it ({error}), so the memory of training "
+                "it can't be predicted. Leave vision out of lora_parts, or set the batch yourself."
             ) from None
         raise AssertionError("the vision tower never called its first layer")
 
 
-def image_inputs(vision: PretrainedConfig, images: int, image_tokens: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def image_inputs(
+    vision: PretrainedConfig, images: int, image_tokens: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Return what a vision tower takes for `images` images that become up to `image_tokens` tokens each, on `meta`.
 
     Knows towers that take patches with their positions (Gemma 4), patches with a grid (Qwen) and square pictures
@@ -180,7 +186,9 @@ def image_inputs(vision: PretrainedConfig, images: int, image_tokens: int, dtype
         across = image_tokens * vision.spatial_merge_size
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {
-            "hidden_states": torch.empty(images * across * vision.spatial_merge_size, patch, dtype=dtype, device="meta"),
+            "hidden_states": torch.empty(
+                images * across * vision.spatial_merge_size, patch, dtype=dtype, device="meta"
+            ),
             "grid_thw": torch.tensor([[1, vision.spatial_merge_size, across]] * images),
         }
     side = vision.image_size
@@ -196,7 +204,7 @@ class _Reached(Exception):  # noqa: N818 - no fault
 
 @contextmanager
 def _calls(layers: Sequence[nn.Module], *, stop: bool = False) -> Iterator[list[Call]]:
-    """Give a list that fills with the calls of the layers, hidden states first; `stop` raises `_Reached` at the first."""
+    """Give a list that fills with calls of the layers, hidden states first; `stop` raises `_Reached` at the first."""
     found: list[Call] = []
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,7 +225,7 @@ def _calls(layers: Sequence[nn.Module], *, stop: bool = False) -> Iterator[list[
 def _skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Let the layers return the hidden states they are given."""
     for layer in layers:
-        layer.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
+        layer.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -231,7 +239,7 @@ def _repeated(module: nn.Module) -> list[nn.Module]:
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Layers of one kind have the same footprint: the same weights by name, shape, dtype and whether they are trained."""
+    """Layers whose weights agree in name, shape, dtype and whether they are trained have the same footprint."""
     return tuple((name, w.shape, w.dtype, w.requires_grad) for name, w in layer.named_parameters())
 
 
