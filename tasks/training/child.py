@@ -32,6 +32,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
+from tasks.training.batches import BatchedTrainer, PaddedCollator, TokenBatches, make_batches
 from tasks.training.collate import CompletionCollator
 from tasks.training.conversations import ConversationCollator, check_loss, make_collator
 from tasks.training.dataset import read_examples
@@ -64,7 +65,8 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
 
-    trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
+    batches = make_batches(examples, processor, collator, recipe)
+    trainer = _trainer(model, processor, collator, examples, batches, recipe, placement, folder)
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("going on from %s", checkpoint.name)
@@ -96,14 +98,15 @@ def _trainer(
     processor: ProcessorMixin,
     collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
+    batches: TokenBatches | None,
     recipe: Recipe,
     placement: models.Placement,
     folder: Path,
 ) -> SFTTrainer:
     on_gpu = placement.device.type == "cuda"
-    per_step = recipe.batch_size * recipe.accumulation
-    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(len(examples) / per_step)))
-    log.info("%d examples, %d steps of %d", len(examples), steps, per_step)
+    passes = math.ceil(len(examples) / recipe.batch_size) if batches is None else len(batches)
+    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(passes / recipe.accumulation)))
+    log.info("%d examples, %d steps of %d forward passes", len(examples), steps, recipe.accumulation)
     args = SFTConfig(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=recipe.batch_size,
@@ -128,12 +131,13 @@ def _trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    trainer = BatchedTrainer(
         model=model,
         args=args,
         train_dataset=examples,
         processing_class=processor,
-        data_collator=collator,
+        data_collator=collator if batches is None else PaddedCollator(collator, processor.tokenizer.pad_token_id),
+        batches=batches,
         callbacks=[_Progress(folder / METRICS)],
     )
     trainer.remove_callback(PrinterCallback)

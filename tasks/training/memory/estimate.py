@@ -201,7 +201,7 @@ class MemoryModel:
         width = self.skeleton.dtype.itemsize
         if self.logits == "supervised":
             rows = min(workload.tokens, workload.batch * workload.supervised_tokens)
-            return min(rows, TILE_TOKENS) * TILE_ENTRIES * width + rows * text.hidden_size * (4 + 2 * width)
+            return int(min(rows, TILE_TOKENS) * TILE_ENTRIES * width + rows * text.hidden_size * (4 + 2 * width))
         capped = 2 * width if getattr(text, "final_logit_softcapping", None) else width
         return int(workload.tokens * text.vocab_size * (capped + 3 * 4))
 

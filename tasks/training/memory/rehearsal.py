@@ -68,7 +68,8 @@ def rehearse(
 
 def rehearse_frozen(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dtype: torch.dtype) -> int:
     """Return the most that a forward pass without gradients holds beyond the layer's weights and what it is given."""
-    with AsOnGPU(four_bit=False, dtype=dtype), Allocations() as memory, torch.no_grad():
+    memory = Allocations()
+    with AsOnGPU(four_bit=False, dtype=dtype), memory, torch.no_grad():
         layer(*args, **kwargs)
     return memory.peak
 
