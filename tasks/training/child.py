@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
+from tasks.training.batches import BatchedTrainer, PaddedCollator, make_batches
 from tasks.training.checkpoints import MarkComplete, last_complete_checkpoint
 from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
@@ -73,19 +73,25 @@ def train_model(
     assert isinstance(base, PreTrainedModel)
     rendered = make_collator(processor, examples, stop_ids(base))
     check_loss(rendered, islice(examples, CHECKED_ROWS))
-    args = _arguments(len(examples), recipe, placement, folder)
-    seen = args.max_steps * recipe.batch_size * recipe.accumulation
-    collator = with_features(rendered, model, examples, recipe, epochs=seen / len(examples), folder=folder)
-    trainer = SFTTrainer(
+    batches = make_batches(examples, processor, rendered, recipe)
+    passes = math.ceil(len(examples) / recipe.batch_size) if batches is None else len(batches)
+    args = _arguments(passes, recipe, placement, folder)
+    epochs = args.max_steps * recipe.accumulation / passes
+    collator = with_features(rendered, model, examples, recipe, epochs=epochs, folder=folder)
+    on_gpu = placement.device.type == "cuda"
+    if on_gpu or batches is not None:  # compiled layers see few shapes
+        collator = PaddedCollator(collator, cast(Any, processor).tokenizer.pad_token_id)
+    trainer = BatchedTrainer(
         model=model,
         args=args,
         train_dataset=examples,
         processing_class=processor,
         data_collator=collator,
+        batches=batches,
         callbacks=[WriteMetrics(folder / METRICS), MarkComplete()],
     )
     trainer.remove_callback(PrinterCallback)
-    quicken(model, recipe, on_gpu=placement.device.type == "cuda", batches=args.max_steps * recipe.accumulation)
+    quicken(model, recipe, on_gpu=on_gpu, batches=args.max_steps * recipe.accumulation)
     for weight in model.parameters():
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
             weight.data = weight.data.float()
@@ -95,11 +101,10 @@ def train_model(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _arguments(examples: int, recipe: Recipe, placement: models.Placement, folder: Path) -> SFTConfig:
+def _arguments(passes: int, recipe: Recipe, placement: models.Placement, folder: Path) -> SFTConfig:
     on_gpu = placement.device.type == "cuda"
-    per_step = recipe.batch_size * recipe.accumulation
-    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(examples / per_step)))
-    log.info("%d examples, %d steps of %d", examples, steps, per_step)
+    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(passes / recipe.accumulation)))
+    log.info("%d steps of %d forward passes; an epoch has %d", steps, recipe.accumulation, passes)
     return SFTConfig(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=recipe.batch_size,

@@ -74,7 +74,19 @@ class Recipe(BaseModel):
     warmup: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1."
     )
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        description="paged_adamw_8bit holds the optimizer's state in 8 bits, and moves it to main memory when the "
+        "GPU's is full.",
+    )
     batch_size: int = Field(default=4, ge=1, le=1024, description="Samples in one forward pass.")
+    tokens_per_batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_048_576,
+        description="Tokens in one forward pass, padding and images included; samples of like length go together, and "
+        "batch_size has no effect. Empty: batch_size samples in random order.",
+    )
     accumulation: int = Field(default=4, ge=1, le=1024, description="Forward passes per optimizer step.")
     epochs: float = Field(
         default=1.0, gt=0, le=1000, description="Passes over the training split, if max_steps is empty."
