@@ -83,18 +83,67 @@ class _FusedLinear4bit(_FusedForward, Linear4bit):
     @staticmethod
     def add_up(x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         state = base.weight.quant_state
-        packing = [state.absmax, state.state2.absmax, state.state2.code, state.offset]
-        output: Tensor
-        output, _ = _lora_linear(x, base.weight, packing, list(state.shape), base.bias, a, b, scaling)
+        packed = (base.weight, state.absmax, state.state2.absmax, state.state2.code, state.offset)
+        output: Tensor = _LoraLinear.apply(x, base.bias, a, b, scaling, state.shape[0], *packed)
         return output
 
 
-def _unpacked(weight: Tensor, packing: list[Tensor], shape: list[int], dtype: torch.dtype) -> Tensor:
-    """The weight as a matrix of `shape` (outputs, inputs) in `dtype`.
+class _LoraLinear(torch.autograd.Function):
+    """x W' + bias + scaling (x A') B' for a weight W (outputs, inputs) in NF4.
 
-    `packing` is what double quantisation keeps beside it: scales in 8 bits, their own scales, code book and offset.
+    `packed` is W and what unpacks it: scales in 8 bits, their own scales, code book and offset.
     """
-    absmax, nested_absmax, nested_code, offset = packing
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        outputs: int,
+        *packed: Tensor,
+    ) -> Tensor:
+        output: Tensor
+        output, inner = torch.ops.tamis.lora_linear.default(x, bias, a, b, scaling, outputs, *packed)
+        ctx.save_for_backward(x, inner, a, b, *packed)
+        ctx.scaling, ctx.outputs = scaling, outputs
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, inner, a, b, *packed = ctx.saved_tensors
+        of_x, of_a, of_b = torch.ops.tamis.lora_linear_backward.default(
+            gradient, x, inner, a, b, ctx.scaling, ctx.outputs, *packed
+        )
+        return of_x, None, of_a, of_b, None, None, *(None for _ in packed)
+
+
+def _forward(
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, outputs: int, *packed: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    output = nn.functional.linear(rows, _unpack(packed, [outputs, x.shape[-1]], x.dtype), bias)
+    inner = rows @ a.to(x.dtype).t()
+    output.addmm_(inner, (b * scaling).to(x.dtype).t())
+    return output.view(*x.shape[:-1], outputs), inner
+
+
+def _backward(
+    gradient: Tensor, x: Tensor, inner: Tensor, a: Tensor, b: Tensor, scaling: float, outputs: int, *packed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, above = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, outputs)
+    of_inner = above @ (b * scaling).to(x.dtype)
+    of_x = above @ _unpack(packed, [outputs, x.shape[-1]], x.dtype)
+    of_x.addmm_(of_inner, a.to(x.dtype))
+    of_a = of_inner.t() @ rows
+    of_b = above.t() @ inner
+    return of_x.view(x.shape), of_a.to(a.dtype), of_b.to(b.dtype) * scaling
+
+
+def _unpack(packed: tuple[Tensor, ...], shape: list[int], dtype: torch.dtype) -> Tensor:
+    weight, absmax, nested_absmax, nested_code, offset = packed
     scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
         absmax, nested_absmax, nested_code, _NESTED_BLOCK, torch.float32
     )
@@ -104,91 +153,29 @@ def _unpacked(weight: Tensor, packing: list[Tensor], shape: list[int], dtype: to
     return matrix
 
 
-@torch.library.custom_op("tamis::lora_linear", mutates_args=())
-def _lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    packing: list[Tensor],
-    shape: list[int],
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Return x W' + bias + scaling (x A') B' (…, outputs), and x A' (rows, rank), which the backward pass needs."""
-    rows = x.reshape(-1, x.shape[-1])
-    matrix = _unpacked(weight, packing, shape, x.dtype)
-    output = nn.functional.linear(rows, matrix, None if bias is None else bias.to(x.dtype))
-    inner = rows @ a.to(x.dtype).t()
-    output.addmm_(inner, (b * scaling).to(x.dtype).t())
-    return output.view(*x.shape[:-1], shape[0]), inner
+_PACKED = "Tensor weight, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset"
+_LIBRARY = torch.library.Library("tamis", "DEF")
+_LIBRARY.define(
+    f"lora_linear(Tensor x, Tensor? bias, Tensor a, Tensor b, float scaling, int outputs, {_PACKED}) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_linear_backward(Tensor gradient, Tensor x, Tensor inner, Tensor a, Tensor b, float scaling, int outputs, "
+    f"{_PACKED}) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
 
 
-@_lora_linear.register_fake
+@torch.library.register_fake("tamis::lora_linear")
 def _(
-    x: Tensor,
-    weight: Tensor,
-    packing: list[Tensor],
-    shape: list[int],
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, outputs: int, *packed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], shape[0]), x.new_empty(rows, a.shape[0])
+    return x.new_empty(*x.shape[:-1], outputs), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
 
 
-@torch.library.custom_op("tamis::lora_linear_backward", mutates_args=())
-def _lora_linear_backward(
-    gradient: Tensor,
-    x: Tensor,
-    inner: Tensor,
-    weight: Tensor,
-    packing: list[Tensor],
-    shape: list[int],
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, A and B."""
-    rows, above = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    matrix = _unpacked(weight, packing, shape, x.dtype)
-    of_inner = above @ (b * scaling).to(x.dtype)
-    of_x = above @ matrix
-    of_x.addmm_(of_inner, a.to(x.dtype))
-    of_a = of_inner.t() @ rows
-    of_b = above.t() @ inner
-    return of_x.view(x.shape), of_a.to(a.dtype), of_b.to(b.dtype) * scaling
-
-
-@_lora_linear_backward.register_fake
+@torch.library.register_fake("tamis::lora_linear_backward")
 def _(
-    gradient: Tensor,
-    x: Tensor,
-    inner: Tensor,
-    weight: Tensor,
-    packing: list[Tensor],
-    shape: list[int],
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
+    gradient: Tensor, x: Tensor, inner: Tensor, a: Tensor, b: Tensor, scaling: float, outputs: int, *packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(a), torch.empty_like(b)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, packing, shape, _, a, b, scaling = inputs
-    ctx.save_for_backward(x, output[1], weight, a, b, *packing)
-    ctx.shape, ctx.scaling = shape, scaling
-
-
-def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    x, inner, weight, a, b, *packing = ctx.saved_tensors
-    of_x, of_a, of_b = _lora_linear_backward(
-        gradient.contiguous(), x, inner, weight, packing, ctx.shape, a, b, ctx.scaling
-    )
-    return of_x, None, [None] * len(packing), None, None, of_a, of_b, None
-
-
-_lora_linear.register_autograd(_backward, setup_context=_keep)
+    return x.new_empty(x.shape), torch.empty_like(a), torch.empty_like(b)
