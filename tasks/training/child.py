@@ -35,6 +35,7 @@ from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
 from tasks.training.conversations import ConversationCollator, check_loss, make_collator
 from tasks.training.dataset import read_examples
+from tasks.training.optimizer import RatesByPart, early_stop, optimization_arguments
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
 
@@ -49,29 +50,34 @@ METRICS = "metrics.jsonl"
 def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train, going on from the last complete checkpoint in `folder` if there is one.
 
-    `config` holds recipe, model (folder), examples (file) and parent_adapter (folder or null). Leaves `adapter/` and
-    `metrics.jsonl` in `folder`; returns what the run's record needs.
+    `config` holds recipe, model (folder), examples (file), validation (file, if the recipe stops early) and
+    parent_adapter (folder or null). Leaves `adapter/` and `metrics.jsonl` in `folder`; returns what the run's record
+    needs.
     """
     recipe = Recipe.model_validate(config["recipe"])
     placement = models.place(recipe)
+    recipe.check_learning_rates(four_bit=placement.four_bit)
     processor = models.load_processor(config["model"], recipe)
     base = models.load_model(config["model"], placement)
     set_seed(recipe.seed)  # LoRA's initial weights are random
-    model = _adapted(base, recipe, config["parent_adapter"])
-    log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), _trainable(model) / 1e6)
+    model = models.make_trainable(base, recipe, parent=config["parent_adapter"])
+    log.info(
+        "LoRA on %d linear layers; %.2f M weights to train", len(models.lora_names(model)), _trainable(model) / 1e6
+    )
 
     examples = read_examples(Path(config["examples"]))
+    validation = read_examples(Path(config["validation"])) if recipe.early_stop_patience else None
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
 
-    trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
+    trainer = _trainer(model, processor, collator, examples, validation, recipe, placement, folder)
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("going on from %s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
-    return _result(model, processor, placement, folder)
+    models.save_trained(model, folder / "adapter", recipe, dtype=placement.dtype)
+    result = _result(model, collator, placement, folder)
+    return {**result, "validation_loss": trainer.state.best_metric}
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -80,26 +86,20 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
-    if parent_adapter is None:
-        return models.add_lora(base, recipe, base_model=recipe.base_model)
-    log.info("starting from the parent run's adapter")
-    return models.load_adapter(base, parent_adapter, trainable=True)
-
-
-def _trainable(model: PeftModel) -> int:
+def _trainable(model: PeftModel | PreTrainedModel) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def _trainer(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     processor: ProcessorMixin,
     collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
+    validation: Dataset | None,
     recipe: Recipe,
     placement: models.Placement,
     folder: Path,
-) -> SFTTrainer:
+) -> "_Trainer":
     on_gpu = placement.device.type == "cuda"
     per_step = recipe.batch_size * recipe.accumulation
     steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(len(examples) / per_step)))
@@ -109,9 +109,6 @@ def _trainer(
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
         max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup * steps),
         seed=recipe.seed,
         bf16=placement.dtype == torch.bfloat16,
         use_cpu=not on_gpu,
@@ -127,20 +124,27 @@ def _trainer(
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        **optimization_arguments(recipe, steps=steps),
     )
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=model,
         args=args,
         train_dataset=examples,
+        eval_dataset=validation,
         processing_class=processor,
         data_collator=collator,
-        callbacks=[_Progress(folder / METRICS)],
+        callbacks=[_Progress(folder / METRICS), *early_stop(recipe)],
     )
+    trainer.recipe = recipe
     trainer.remove_callback(PrinterCallback)
     for weight in model.parameters():
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
             weight.data = weight.data.float()
     return trainer
+
+
+class _Trainer(RatesByPart, SFTTrainer):
+    """TRL's trainer with a learning rate for each part."""
 
 
 class _Progress(TrainerCallback):
@@ -194,7 +198,12 @@ class _Progress(TrainerCallback):
         Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
 
-def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path) -> dict[str, Any]:
+def _result(
+    model: PeftModel | PreTrainedModel,
+    collator: CompletionCollator | ConversationCollator,
+    placement: models.Placement,
+    folder: Path,
+) -> dict[str, Any]:
     steps = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     tail = steps[-10:]
     four_bit = sum(map(models.is_four_bit, models.linear_names(model).values()))
@@ -209,6 +218,6 @@ def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Place
         "lora_layers": len(models.lora_names(model)),
         "lora_weights": _trainable(model),
         "four_bit_layers": four_bit,
-        "chat_template_fingerprint": fingerprint(processor.chat_template),
+        "chat_template_fingerprint": fingerprint(collator.chat_template or collator.processor.chat_template),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }

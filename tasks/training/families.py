@@ -187,6 +187,14 @@ def missing_part(model: PreTrainedModel, part: Part) -> str:
     )
 
 
+def placeholder_ids(processor: Any) -> set[int]:
+    """Return the ids of the tokens that stand for images, video and audio, and of those around them."""
+    names = ("image_token_id", "boi_token_id", "eoi_token_id", "video_token_id", "audio_token_id", "boa_token_id")
+    names += ("eoa_token_id", "vision_start_token_id", "vision_end_token_id", "fake_image_token_id")
+    found = (getattr(owner, name, None) for owner in (processor, processor.tokenizer) for name in names)
+    return {token for token in found if token is not None}
+
+
 def limit_image_tokens(processor: Any, family: Family | None, tokens: int) -> None:
     """Make `processor` turn an image into at most `tokens` tokens; raises `RecipeError` if it has no such setting."""
     images = processor.image_processor

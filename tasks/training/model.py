@@ -81,10 +81,10 @@ def load_processor(folder: str | Path, recipe: Recipe) -> ProcessorMixin:
             f"{folder}: the processor has no chat template, so prompts can't be written the way the model was taught. "
             "Use the instruction-tuned variant of the model, or add a chat_template.jinja to the folder."
         )
-    family = find_family(AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type)
     if recipe.max_image_tokens is not None:
-        limit_image_tokens(processor, family, recipe.max_image_tokens)
-    processor.chat_template = complete_template(processor, family)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        limit_image_tokens(processor, find_family(config.model_type), recipe.max_image_tokens)
+    processor.chat_template = complete_template(processor)
     return processor
 
 
@@ -205,6 +205,11 @@ def lora_layers(model: PreTrainedModel, recipe: Recipe) -> list[str]:
             # a subclass may be called in ways that LoRA does not see, as in SigLIP's attention pooling
             plain = [name for name, module in linear_names(model).items() if type(module) is nn.Linear]
             inside = [name for name in plain if parts.of(name) == part]
+            if not inside and parts.roots_of(part):
+                raise RecipeError(
+                    f"lora_parts: the {part} of {type(model).__name__} has no linear layer that LoRA could sit on. "
+                    f"Write {part} into full_parts instead."
+                )
             if not inside:
                 raise RecipeError(f"lora_parts: {missing_part(model, part)}")
             found += inside

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from tasks.training.dataset import text_of
-from tasks.training.families import Family
+from tasks.training.families import FAMILIES
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -31,17 +31,17 @@ def answer_marker(processor: ProcessorMixin) -> str:
     return _render(processor, [question], add_generation_prompt=True).removeprefix(asked) or _behind(asked)
 
 
-def complete_template(processor: ProcessorMixin, family: Family | None) -> str:
-    """Return the processor's own chat template, or its family's if that writes the same but leaves nothing out.
+def complete_template(processor: ProcessorMixin) -> str:
+    """Return the processor's own chat template, or one of ours that writes the same but leaves nothing out.
 
     LLaVA's own leaves out what ends an answer, which a model must learn to say, and what starts every text. Raises
-    `TemplateError` if something is left out and no template of the family fits.
+    `TemplateError` if something is left out and none of ours fits.
     """
     own = _default(processor)
     lacks = _left_out(processor, own)
     if not lacks:
         return own
-    for template in _files(family):
+    for template in _ours():
         if not _left_out(processor, template) and _renders_alike(processor, own, template, but_for=_ends(processor)):
             return template
     raise TemplateError(
@@ -50,16 +50,16 @@ def complete_template(processor: ProcessorMixin, family: Family | None) -> str:
     )
 
 
-def marked_template(processor: ProcessorMixin, family: Family | None) -> str:
+def marked_template(processor: ProcessorMixin) -> str:
     """Return a chat template that renders as the processor's own does and marks what the assistant says for the loss.
 
-    That is its own if it has marks, else TRL's training template or the family's. Raises `TemplateError` if none
-    renders alike.
+    That is its own if it has marks, else TRL's training template or one of ours. Raises `TemplateError` if none renders
+    alike.
     """
     own = _default(processor)
     if has_generation_markers(own):
         return own
-    for template in (*_from_trl(processor), *_files(family)):
+    for template in (*_from_trl(processor), *_ours()):
         if _renders_alike(processor, own, template):
             return template
     raise TemplateError(
@@ -156,6 +156,6 @@ def _from_trl(processor: Any) -> list[str]:
     return [template] if template else []
 
 
-def _files(family: Family | None) -> Iterator[str]:
-    for name in family.templates if family else ():
+def _ours() -> Iterator[str]:
+    for name in sorted({name for family in FAMILIES for name in family.templates}):
         yield (TEMPLATES / name).read_text(encoding="utf-8")
