@@ -223,4 +223,4 @@ def _limit_tiles(processor: Any, tokens: int) -> None:
     edge = images.max_image_size["longest_edge"]
     tiles = int((tokens // each - 1) ** 0.5)  # along the longest edge; the image may be as high as wide
     images.do_image_splitting = tiles >= 1 and images.do_image_splitting
-    images.size = {**images.size, "longest_edge": edge * max(tiles, 1)}
+    images.size = {"longest_edge": edge * max(tiles, 1)}

@@ -245,8 +245,12 @@ def add_lora(model: PreTrainedModel, recipe: Recipe, *, base_model: str) -> Peft
 
 def _pattern_of(names: list[str]) -> str:
     """A regular expression that matches the names in full, and those of the same layers in other blocks."""
-    patterns = {r"\.".join(r"\d+" if bit.isdigit() else bit for bit in name.split(".")) for name in names}
-    return "|".join(sorted(patterns))
+
+    def pattern(name: str) -> str:
+        *path, last = name.split(".")  # a last number tells layers of one block apart
+        return r"\.".join([*(r"\d+" if part.isdigit() else part for part in path), last])
+
+    return "|".join(sorted({pattern(name) for name in names}))
 
 
 def _check_patterns(field: str, patterns: Mapping[str, int], layers: list[str]) -> None:

@@ -91,6 +91,9 @@ def write(name: str, folder: Path) -> Path:
     processor, config, stop = MODELS[name]()
     torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.dim() > 1 and not weight.any():  # zeros would hide from the loss what lies behind them
+            torch.nn.init.normal_(weight.data, std=0.1)
     tokenizer = processor.tokenizer
     ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)]
     model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=tokenizer.pad_token_id)
@@ -154,7 +157,7 @@ def gemma4_edge() -> Built:
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
-        "hidden_size_per_layer_input": 16,
+        "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": len(_gemma4_tokenizer()),
     }
     return _gemma4(text, clipped=True, audio=True, template="gemma4_v5")
