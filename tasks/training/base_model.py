@@ -5,7 +5,6 @@ Only files that can be read without running somebody's code are taken: safetenso
 
 import json
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -72,13 +71,19 @@ def _check_files(folder: Path) -> None:
         )
         raise MissingBaseModel(f"{folder}: holds no config.json with *.safetensors. {why}")
     for path in sorted(folder.glob("*config.json")):
-        with suppress(ValueError):  # what is no JSON, transformers will complain of
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.get("auto_map"):
-                raise UnsafeBaseModel(
-                    f"{path}: auto_map names code that comes with the model, which is never run. Give a model that "
-                    "transformers has the code for; if it has it for this one, take auto_map out of the file."
-                )
+        if _names_code(path):
+            raise UnsafeBaseModel(
+                f"{path}: auto_map names code that comes with the model, which is never run. Give a model that "
+                "transformers has the code for; if it has it for this one, take auto_map out of the file."
+            )
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # of what is no JSON, transformers will complain
+        return False
+    return isinstance(content, dict) and bool(content.get("auto_map"))
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
