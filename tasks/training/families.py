@@ -189,8 +189,10 @@ def missing_part(model: PreTrainedModel, part: Part) -> str:
 
 def placeholder_ids(processor: Any) -> set[int]:
     """Return the ids of the tokens that stand for images, video and audio, and of those around them."""
-    names = ("image_token_id", "boi_token_id", "eoi_token_id", "video_token_id", "audio_token_id", "boa_token_id")
-    names += ("eoa_token_id", "vision_start_token_id", "vision_end_token_id", "fake_image_token_id")
+    names = (
+        *("image_token_id", "boi_token_id", "eoi_token_id", "video_token_id", "fake_image_token_id"),
+        *("audio_token_id", "boa_token_id", "eoa_token_id", "vision_start_token_id", "vision_end_token_id"),
+    )
     found = (getattr(owner, name, None) for owner in (processor, processor.tokenizer) for name in names)
     return {token for token in found if token is not None}
 

@@ -129,6 +129,13 @@ def _skeleton(folder: str | Path) -> PreTrainedModel:
     return model
 
 
+def bytes_in_nf4(skeleton: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Return what a model's weights take with the linears of its language model in NF4 and all others in `dtype`."""
+    inside = decoder_name(skeleton) + "."
+    linears = sum(m.weight.numel() for name, m in linear_names(skeleton).items() if name.startswith(inside))
+    return linears * NF4_BYTES + (skeleton.num_parameters() - linears) * dtype.itemsize
+
+
 def check_experts_fit(skeleton: PreTrainedModel, memory: int, *, dtype: torch.dtype) -> None:
     """Raise `ModelError` if a mixture of experts doesn't fit `memory` bytes even in NF4.
 
@@ -136,8 +143,7 @@ def check_experts_fit(skeleton: PreTrainedModel, memory: int, *, dtype: torch.dt
     """
     inside = decoder_name(skeleton) + "."
     experts = sum(w.numel() for name, w in skeleton.named_parameters() if name.startswith(inside) and w.dim() > 2)
-    linears = sum(m.weight.numel() for name, m in linear_names(skeleton).items() if name.startswith(inside))
-    size = linears * NF4_BYTES + (skeleton.num_parameters() - linears) * dtype.itemsize
+    size = bytes_in_nf4(skeleton, dtype)
     if experts and size > memory:
         raise ModelError(
             f"{type(skeleton).__name__} takes {size / 2**30:.1f} GiB even in NF4, and the GPU has "

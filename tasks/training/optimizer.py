@@ -49,7 +49,7 @@ class RatesByPart(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer that the training arguments name."""
-        chosen = self.model if model is None else model
+        chosen: Any = self.model if model is None else model
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, chosen)
         self.optimizer_cls_and_kwargs = kind, {**options, "params": parameter_groups(chosen, self.recipe)}
         return super().create_optimizer(model)

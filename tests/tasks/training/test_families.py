@@ -1,6 +1,7 @@
 """Every family as a tiny random model: parts, LoRA, 4-bit weights, a training step; and the real models' shapes."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +196,53 @@ LARGE_VISION: dict[str, Any] = {
 }
 
 
-def skeleton(text: dict[str, Any]) -> PreTrainedModel:
-    config = config_of("gemma4", text_config=text, vision_config=LARGE_VISION, audio_config=None)
+GEMMA_E4B: dict[str, Any] = {
+    **{"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 42, "num_attention_heads": 8},
+    **{"num_key_value_heads": 2, "head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 18},
+    **{"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 7,
+}
+GEMMA_E2B: dict[str, Any] = {
+    **{"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_attention_heads": 8},
+    **{"num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512, "num_kv_shared_layers": 20},
+    **{"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144, "use_double_wide_mlp": True},
+    "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+}
+EDGE_VISION: dict[str, Any] = {
+    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12},
+    **{"num_key_value_heads": 12, "head_dim": 64, "use_clipped_linears": True},
+}
+
+
+@cache
+def skeleton(name: str) -> PreTrainedModel:
+    text = {"31B": GEMMA_31B, "26B-A4B": GEMMA_26B, "E4B": GEMMA_E4B, "E2B": GEMMA_E2B}[name]
+    vision, audio = (EDGE_VISION, {}) if name in ("E4B", "E2B") else (LARGE_VISION, None)
+    config = config_of("gemma4", text_config=text, vision_config=vision, audio_config=audio)
     with torch.device("meta"):
         return AutoModelForMultimodalLM.from_config(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "gib"),
+    [("31B", 29.29, 17.77), ("26B-A4B", 1.66, 45.8), ("E4B", 3.97, 9.30), ("E2B", 1.88, 6.91)],
+)
+def test_real_shapes_have_the_sizes_that_are_published(name: str, billions: float, gib: float) -> None:
+    model = skeleton(name)
+    parts = parts_of(model)
+    weights = sum(m.weight.numel() for at, m in models.linear_names(model).items() if parts.of(at) == "language")
+    assert weights / 1e9 == pytest.approx(billions, abs=0.006)
+    assert models.bytes_in_nf4(model, torch.bfloat16) / 2**30 == pytest.approx(gib, rel=0.003)
+
+
+def test_lora_on_e2b_skips_the_keys_that_layers_share_and_all_of_vision_and_audio() -> None:
+    layers = models.lora_layers(skeleton("E2B"), Recipe(base_model="m"))
+    assert len(layers) == 35 * 7 - 20 * 2
+    assert all(name.startswith("model.language_model.layers.") for name in layers)
+
+
 def test_lora_on_the_31b_covers_its_410_layers() -> None:
-    model = skeleton(GEMMA_31B)
+    model = skeleton("31B")
     layers = models.lora_layers(model, Recipe(base_model="m"))
     assert len(layers) == 410  # full layers have no v_proj
     linears = models.linear_names(model)
@@ -211,7 +251,7 @@ def test_lora_on_the_31b_covers_its_410_layers() -> None:
 
 
 def test_experts_that_stay_in_bf16_are_refused_on_a_small_card() -> None:
-    model = skeleton(GEMMA_26B)
+    model = skeleton("26B-A4B")
     with pytest.raises(models.ModelError) as caught:
         models.check_experts_fit(model, 24 * 2**30, dtype=torch.bfloat16)
     assert "takes 45.8 GiB even in NF4, and the GPU has 24.0 GiB" in str(caught.value)
@@ -220,7 +260,7 @@ def test_experts_that_stay_in_bf16_are_refused_on_a_small_card() -> None:
 
 
 def test_a_dense_model_is_not_refused_for_experts() -> None:
-    models.check_experts_fit(skeleton(GEMMA_31B), 2**30, dtype=torch.bfloat16)
+    models.check_experts_fit(skeleton("31B"), 2**30, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

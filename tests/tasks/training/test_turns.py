@@ -124,6 +124,20 @@ def test_every_image_keeps_all_its_tokens(loaded: tuple[Any, PreTrainedModel]) -
     assert int((batch["input_ids"] == token).sum()) == sum(int((one["input_ids"] == token).sum()) for one in alone)
 
 
+def test_batches_say_which_tokens_are_images_and_the_model_needs_it(tmp_path: Path) -> None:
+    folder = write("gemma4 dense", tmp_path)
+    recipe = Recipe(base_model=str(folder))
+    loaded = models.load_processor(folder, recipe), models.load_model(folder, models.place(recipe))
+    for collate, rows in ((completion_collator(loaded), prompts()), (conversation_collator(loaded), conversations())):
+        batch = collate(rows)
+        images = batch["input_ids"] == loaded[0].image_token_id
+        assert torch.equal(batch["mm_token_type_ids"].bool() & images, images)
+        with torch.no_grad():
+            told = loaded[1](**batch).loss
+            untold = loaded[1](**{name: value for name, value in batch.items() if name != "mm_token_type_ids"}).loss
+        assert not torch.isclose(told, untold, rtol=1e-6)  # image tokens no longer see each other, and nothing says so
+
+
 def test_truncation_is_refused() -> None:
     processor = MODELS["gemma4 dense"]()[0]
     for kind in (CompletionCollator, ConversationCollator):
