@@ -35,10 +35,16 @@ def complete_template(processor: ProcessorMixin) -> str:
     """Return the processor's own chat template, or one of ours that writes the same but leaves nothing out.
 
     LLaVA's own leaves out what ends an answer, which a model must learn to say, and what starts every text. Raises
-    `TemplateError` if something is left out and none of ours fits.
+    `TemplateError` if something is left out and none of ours fits, or if its own refuses images.
     """
     own = _default(processor)
-    lacks = _left_out(processor, own)
+    try:
+        lacks = _left_out(processor, own)
+    except jinja2.TemplateError as error:
+        raise TemplateError(
+            f"the chat template of {type(processor).__name__} refuses a question on an image with its answer: {error}. "
+            "Use the instruction-tuned variant of the model, or correct its chat_template.jinja."
+        ) from None
     if not lacks:
         return own
     for template in _ours():

@@ -139,6 +139,14 @@ def test_a_template_that_leaves_something_out_is_refused(old: str, new: str, mis
         complete_template(processor_with("gemma3", template.replace(old, new)))
 
 
+def test_a_template_that_refuses_images_is_named_with_what_it_says() -> None:
+    processor = processor_with("gemma3", "{{ raise_exception('Text only.') }}")
+    with pytest.raises(
+        TemplateError, match=r"Gemma3Processor refuses a question on an image with its answer: Text only"
+    ):
+        complete_template(processor)
+
+
 def test_a_complete_template_is_kept() -> None:
     own = stock_template("gemma4_v5")
     assert complete_template(processor_with("gemma4 dense", own)) == own
