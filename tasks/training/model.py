@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from tasks.training.experts import check_experts_fit
 from tasks.training.families import ModelError as ModelError
 from tasks.training.families import (
     decoder_name,
@@ -37,10 +38,6 @@ from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.template import complete_template
 
 log = logging.getLogger(__name__)
-
-
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight takes in NF4 with double quantisation: itself, and its share of the two levels of scales."""
 
 
 @dataclass(frozen=True)
@@ -127,30 +124,6 @@ def _skeleton(folder: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)
     return model
-
-
-def bytes_in_nf4(skeleton: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Return what a model's weights take with the linears of its language model in NF4 and all others in `dtype`."""
-    inside = decoder_name(skeleton) + "."
-    linears = sum(m.weight.numel() for name, m in linear_names(skeleton).items() if name.startswith(inside))
-    return linears * NF4_BYTES + (skeleton.num_parameters() - linears) * dtype.itemsize
-
-
-def check_experts_fit(skeleton: PreTrainedModel, memory: int, *, dtype: torch.dtype) -> None:
-    """Raise `ModelError` if a mixture of experts doesn't fit `memory` bytes even in NF4.
-
-    bitsandbytes quantises linear layers; experts stacked in one tensor are none and stay in `dtype`.
-    """
-    inside = decoder_name(skeleton) + "."
-    experts = sum(w.numel() for name, w in skeleton.named_parameters() if name.startswith(inside) and w.dim() > 2)
-    size = bytes_in_nf4(skeleton, dtype)
-    if experts and size > memory:
-        raise ModelError(
-            f"{type(skeleton).__name__} takes {size / 2**30:.1f} GiB even in NF4, and the GPU has "
-            f"{memory / 2**30:.1f} GiB: {experts * dtype.itemsize / 2**30:.1f} GiB of it are experts, which are no "
-            f"linear layers and stay in {str(dtype).removeprefix('torch.')}. Use a larger GPU, or a model without "
-            "experts, such as Gemma 4 E4B or 31B."
-        )
 
 
 def modules_beside_decoder(model: PreTrainedModel) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 from tasks.training import families
 from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
+from tasks.training.experts import bytes_in_nf4, check_experts_fit
 from tasks.training.families import FAMILIES, find_family, parts_of
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.template import stop_ids
@@ -232,7 +233,7 @@ def test_real_shapes_have_the_sizes_that_are_published(name: str, billions: floa
     parts = parts_of(model)
     weights = sum(m.weight.numel() for at, m in models.linear_names(model).items() if parts.of(at) == "language")
     assert weights / 1e9 == pytest.approx(billions, abs=0.006)
-    assert models.bytes_in_nf4(model, torch.bfloat16) / 2**30 == pytest.approx(gib, rel=0.003)
+    assert bytes_in_nf4(model, torch.bfloat16) / 2**30 == pytest.approx(gib, rel=0.003)
 
 
 def test_lora_on_e2b_skips_the_keys_that_layers_share_and_all_of_vision_and_audio() -> None:
@@ -253,14 +254,14 @@ def test_lora_on_the_31b_covers_its_410_layers() -> None:
 def test_experts_that_stay_in_bf16_are_refused_on_a_small_card() -> None:
     model = skeleton("26B-A4B")
     with pytest.raises(models.ModelError) as caught:
-        models.check_experts_fit(model, 24 * 2**30, dtype=torch.bfloat16)
+        check_experts_fit(model, 24 * 2**30, dtype=torch.bfloat16)
     assert "takes 45.8 GiB even in NF4, and the GPU has 24.0 GiB" in str(caught.value)
     assert "no linear layers and stay in bfloat16. Use a larger GPU, or a model without experts" in str(caught.value)
-    models.check_experts_fit(model, 80 * 2**30, dtype=torch.bfloat16)
+    check_experts_fit(model, 80 * 2**30, dtype=torch.bfloat16)
 
 
 def test_a_dense_model_is_not_refused_for_experts() -> None:
-    models.check_experts_fit(skeleton("31B"), 2**30, dtype=torch.bfloat16)
+    check_experts_fit(skeleton("31B"), 2**30, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
