@@ -72,6 +72,8 @@ def merge(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     if getattr(base, "is_loaded_in_4bit", False):
         base = base.dequantize()
     adapted = models.load_adapter(base, adapter)
+    if not isinstance(adapted, PeftModel):  # weights trained in full took the place of the base model's
+        return adapted
     log.info("merging %d layers", len(models.lora_names(adapted)))
     merged = adapted.merge_and_unload(safe_merge=True)
     assert isinstance(merged, PreTrainedModel)

@@ -45,6 +45,7 @@ _ANSWERED = {
     "prompt",
     "completion",
     "max_image_tokens",
+    "method",  # quantization: auto depends on it
     "quantization",
     "precision",
     "max_new_tokens",

@@ -1,5 +1,9 @@
-"""Finds a base model's files by folder or hub name and tells exactly which they are, without loading them."""
+"""Finds a base model's files by folder or hub name and tells exactly which they are, without loading them.
 
+Only files that can be read without running somebody's code are taken: safetensors, JSON and text.
+"""
+
+import json
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +17,16 @@ from storage.fingerprint import fingerprint, folder_digest
 log = logging.getLogger(__name__)
 
 # What transformers reads to load a model without running code of the model's own; no pickles.
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
 class MissingBaseModel(FileNotFoundError):  # noqa: N818 - says what is the matter
     """A base model's files are not to be had; the message says where they were sought and what to give instead."""
+
+
+class UnsafeBaseModel(ValueError):  # noqa: N818 - says what is the matter
+    """A base model would run code that came with it; the message names the file, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +42,11 @@ def find_base_model(name: str) -> BaseModel:
     """Return the files of the model `name`: a local folder, or a hub name that is downloaded unless it is cached.
 
     Without network, or when `HF_HUB_OFFLINE` is set, a hub name is looked up in the hub's cache only.
-    Raises `MissingBaseModel`.
+    Raises `MissingBaseModel`, or `UnsafeBaseModel` if it needs code of its own.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
-            raise MissingBaseModel(
-                f"{folder}: holds no config.json with *.safetensors. Give a folder that transformers' save_pretrained "
-                "wrote (pickled weights are not read)."
-            )
+        _check_files(folder)
         return BaseModel(name, folder.absolute(), _digest(folder.absolute(), _signature(folder)))
     try:
         cached = Path(snapshot_download(name, allow_patterns=list(FILES)))
@@ -50,7 +55,35 @@ def find_base_model(name: str) -> BaseModel:
             f"base model {name!r}: no such folder, and the hub gave no model of that name ({_first_line(error)}). "
             "Give the path of a local model folder, or connect, and set HF_TOKEN if the model is gated."
         ) from None
+    _check_files(cached)
     return BaseModel(name, cached, fingerprint(["hub", name, cached.name]))
+
+
+def _check_files(folder: Path) -> None:
+    """Raise unless the folder holds a model in safetensors that transformers has the code for itself."""
+    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+        why = (
+            f"Pickled weights ({pickled[0]}) are not read, because they can run code: load them where that does no "
+            "harm, and save them again with transformers' save_pretrained."
+            if pickled
+            else "Give a folder that transformers' save_pretrained wrote."
+        )
+        raise MissingBaseModel(f"{folder}: holds no config.json with *.safetensors. {why}")
+    for path in sorted(folder.glob("*config.json")):
+        if _names_code(path):
+            raise UnsafeBaseModel(
+                f"{path}: auto_map names code that comes with the model, which is never run. Give a model that "
+                "transformers has the code for; if it has it for this one, take auto_map out of the file."
+            )
+
+
+def _names_code(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # of what is no JSON, transformers will complain
+        return False
+    return isinstance(content, dict) and bool(content.get("auto_map"))
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:

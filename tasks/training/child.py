@@ -39,11 +39,13 @@ CHECKED_ROWS = 8
 def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train, going on from the last complete checkpoint in `folder` if there is one.
 
-    `config` holds recipe, model (folder), examples (file) and parent_adapter (folder or null). Leaves `adapter/` and
-    `metrics.jsonl` in `folder`; returns what the run's record needs.
+    `config` holds recipe, model (folder), examples (file), validation (file, if the recipe stops early) and
+    parent_adapter (folder or null). Leaves `adapter/` and `metrics.jsonl` in `folder`; returns what the run's record
+    needs.
     """
     recipe = Recipe.model_validate(config["recipe"])
     placement = models.place(recipe)
+    recipe.check_learning_rates(four_bit=placement.four_bit)
     processor = models.load_processor(config["model"], recipe)
     base = models.load_model(config["model"], placement)
     set_seed(recipe.seed)  # LoRA's initial weights are random
@@ -129,14 +131,7 @@ def _arguments(passes: int, recipe: Recipe, placement: models.Placement, folder:
     )
 
 
-def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
-    if parent_adapter is None:
-        return models.add_lora(base, recipe, base_model=recipe.base_model)
-    log.info("starting from the parent run's adapter")
-    return models.load_adapter(base, parent_adapter, trainable=True)
-
-
-def _trainable(model: PeftModel) -> int:
+def _trainable(model: PeftModel | PreTrainedModel) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
@@ -155,6 +150,6 @@ def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Place
         "lora_layers": len(models.lora_names(model)),
         "lora_weights": _trainable(model),
         "four_bit_layers": four_bit,
-        "chat_template_fingerprint": fingerprint(processor.chat_template),
+        "chat_template_fingerprint": fingerprint(collator.chat_template or collator.processor.chat_template),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }

@@ -11,7 +11,9 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from tasks.training.dataset import text_of
+from tasks.training.families import placeholder_ids
 from tasks.training.template import render_prompt
+from tasks.training.turns import turns_fault
 
 IGNORED = -100
 
@@ -29,6 +31,9 @@ class CompletionCollator(DataCollatorForVisionLanguageModeling):
 
     stop_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        refuse_truncation(self.max_length)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, attention_mask, labels (rows, tokens) and the processor's image tensors."""
         batch = super().torch_call([dict(example) for example in examples])
@@ -37,6 +42,15 @@ class CompletionCollator(DataCollatorForVisionLanguageModeling):
         stopped_before = stops.cumsum(dim=1) - stops.long() > 0
         batch["labels"] = labels.masked_fill(stopped_before, IGNORED)
         return batch
+
+
+def refuse_truncation(max_length: int | None) -> None:
+    """Raise `LossMaskError` if a collator would cut rows."""
+    if max_length is not None:
+        raise LossMaskError(
+            f"max_length: is {max_length}, which cuts image tokens and stop tokens off long rows. Set it to None, and "
+            "leave long samples out by their length."
+        )
 
 
 def check_loss_mask(collator: CompletionCollator, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -63,7 +77,7 @@ def _mask_fault(collator: CompletionCollator, row: Mapping[str, Any], batch: Map
         return "no token is in the loss"
     if (ids[covered] != labels[covered]).any():
         return "labels differ from the tokens they stand at"
-    special = {processor.tokenizer.pad_token_id, getattr(processor, "image_token_id", None)} - set(collator.stop_ids)
+    special = {processor.tokenizer.pad_token_id, *placeholder_ids(processor)} - set(collator.stop_ids)
     if special & set(labels[covered].tolist()):
         return "an image or pad token is in the loss"
     if int(labels[covered][-1]) not in collator.stop_ids:
@@ -76,7 +90,8 @@ def _mask_fault(collator: CompletionCollator, row: Mapping[str, Any], batch: Map
     first = int(covered.nonzero()[0])
     if ids[:first].tolist() != prompt.tolist():
         return "the prompt trained on differs from the prompt that answers are generated from"
-    return None
+    texts = [text_of(row["prompt"]), text_of(row["completion"])]
+    return turns_fault(processor, ids.tolist(), covered.tolist(), texts=texts, stop_ids=collator.stop_ids)
 
 
 def _decode(processor: Any, ids: torch.Tensor) -> str:

@@ -35,6 +35,7 @@ from tasks.training.run import FinishedRun, read_run
 log = logging.getLogger(__name__)
 
 VERSION = 1
+VALIDATION = "validation.arrow"
 
 METRICS = pa.schema(
     [
@@ -52,7 +53,14 @@ METRICS = pa.schema(
 
 
 # What a run's adapter does not depend on: the base model counts by its content, not by what it is called.
-_NOT_TRAINED = {"base_model", "save_steps", "max_new_tokens", "answer_batch_size"}
+_NOT_TRAINED = {"base_model", "allow_high_learning_rate", "max_new_tokens", "answer_batch_size"}
+
+
+# What an adapter's matrices are shaped and scaled by.
+_LORA = (
+    *("lora_parts", "lora_targets", "lora_rank", "lora_alpha", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern"),
+)
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -84,6 +92,9 @@ def train(
         if warehouse.exists(run.table):  # another process finished it while this one waited
             return Outcome(run, cached=True)
         examples = write_rows(snapshot, recipe, split="train", warehouse=warehouse, path=scratch / "examples.arrow")
+        if recipe.early_stop_patience:
+            path = scratch / VALIDATION
+            write_rows(snapshot, recipe, split="validation", warehouse=warehouse, path=path)
         on_log(f"run {run.run_id}: {examples.rows} examples of {snapshot}; {examples.left_out} without text left out")
         result = _train_in_child(plan, examples, warehouse=warehouse, scratch=scratch, on_log=on_log)
         _publish(plan, examples, result, warehouse=warehouse, scratch=scratch)
@@ -110,20 +121,21 @@ class _Plan:
             "base_model": base.fingerprint,  # its chat template included
             "parent_run": parent_run.run_id if parent_run else None,
         }
-        config = recipe.model_dump(exclude=_NOT_TRAINED)
+        # stopping early, when a checkpoint is due decides which one is the best
+        config = recipe.model_dump(exclude=_NOT_TRAINED | (set() if recipe.early_stop_patience else {"save_steps"}))
         run = RunRef(fingerprint({"step": "train", "version": VERSION, "recipe": config, **inputs}))
         return cls(run, snapshot, recipe, base, parent_run, inputs)
 
 
 def _check_parent(parent: FinishedRun, recipe: Recipe, base: BaseModel) -> None:
-    """Raise `RecipeError` unless the parent's adapter fits the recipe's base model and LoRA."""
+    """Raise `RecipeError` unless what the parent trained fits the recipe's base model, method and LoRA."""
     parent.check_base(base)
-    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+    for name in ("method", "full_parts", *(_LORA if recipe.method == "lora" else ())):
         has, wanted = getattr(parent.recipe, name), getattr(recipe, name)
         if has != wanted:
             raise RecipeError(
                 f"{name}: is {wanted!r}, but the adapter of the parent run {parent.ref.run_id} has {has!r}. "
-                "Write the parent's value, or use no parent run."
+                "Write the parent's value, or merge the parent run and take the merged model as base_model."
             )
 
 
@@ -163,6 +175,7 @@ def _train_in_child(
             "recipe": plan.recipe.model_dump(),
             "model": str(plan.base.folder),
             "examples": str(examples.path),
+            "validation": str(scratch / VALIDATION) if plan.recipe.early_stop_patience else None,
             "parent_adapter": str(parent) if parent else None,
         }
         try:

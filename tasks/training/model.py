@@ -6,9 +6,9 @@ pattern that matches nothing, or the vision tower, leaves the loss looking fine.
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,13 +23,21 @@ from transformers import (
     ProcessorMixin,
 )
 
+from tasks.training.experts import check_experts_fit
+from tasks.training.families import ModelError as ModelError
+from tasks.training.families import (
+    decoder_name,
+    find_family,
+    limit_image_tokens,
+    missing_part,
+    parts_of,
+    whole_modules,
+)
+from tasks.training.full import is_saved_in_full, load_weights, save_weights, train_in_full
 from tasks.training.recipe import Recipe, RecipeError
+from tasks.training.template import complete_template
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(RuntimeError):
-    """A model is not what the recipe asked for; the message says which part, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Placement:
 def place(recipe: Recipe) -> Placement:
     """Resolve the recipe's `auto`s for this machine, and log what was chosen and why."""
     on_gpu = torch.cuda.is_available()
-    four_bit = recipe.quantization == "nf4" or (recipe.quantization == "auto" and on_gpu)
+    auto = "nf4" if on_gpu and recipe.method == "lora" else "none"
+    four_bit = (auto if recipe.quantization == "auto" else recipe.quantization) == "nf4"
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
         torch.device("cuda:0" if on_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32, four_bit
@@ -70,34 +79,30 @@ def load_processor(folder: str | Path, recipe: Recipe) -> ProcessorMixin:
             "Use the instruction-tuned variant of the model, or add a chat_template.jinja to the folder."
         )
     if recipe.max_image_tokens is not None:
-        _limit_image_tokens(processor, recipe.max_image_tokens)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        limit_image_tokens(processor, find_family(config.model_type), recipe.max_image_tokens)
+    processor.chat_template = complete_template(processor)
     return processor
-
-
-def _limit_image_tokens(processor: Any, tokens: int) -> None:
-    images = processor.image_processor
-    if not hasattr(images, "max_soft_tokens"):
-        raise RecipeError(
-            f"max_image_tokens: {type(images).__name__} has no setting for it (max_soft_tokens). Leave it empty."
-        )
-    images.max_soft_tokens = tokens
-    processor.image_seq_length = tokens
 
 
 def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     """Load the base model; raises `ModelError` if anything but the language model's linears came out in 4 bits.
 
     Reads safetensors only and runs no code of the model's own. Everything outside the language model, and its output
-    head, stays in `placement.dtype`.
+    head, stays in `placement.dtype`. Raises `ModelError` too if experts, which stay as they are, don't fit the GPU.
     """
     options = {}
     if placement.four_bit:
+        skeleton = _skeleton(folder)
+        if placement.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(placement.device).total_memory
+            check_experts_fit(skeleton, memory, dtype=placement.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
-            llm_int8_skip_modules=modules_beside_decoder(_skeleton(folder)),
+            llm_int8_skip_modules=modules_beside_decoder(skeleton),
         )
     model = AutoModelForMultimodalLM.from_pretrained(
         folder,
@@ -119,18 +124,6 @@ def _skeleton(folder: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)
     return model
-
-
-def decoder_name(model: PreTrainedModel) -> str:
-    """Return the dotted name of the language model's decoder inside `model`, such as `model.language_model`."""
-    decoder = model.get_decoder()
-    name = next((name for name, module in model.named_modules() if module is decoder), "")
-    if name in ("", model.base_model_prefix):
-        raise ModelError(
-            f"{type(model).__name__} does not say which part of it is the language model, so LoRA and 4-bit weights "
-            "could end up in its vision tower. Use a model whose get_decoder() returns the text decoder alone."
-        )
-    return name
 
 
 def modules_beside_decoder(model: PreTrainedModel) -> list[str]:
@@ -179,33 +172,114 @@ def lora_targets(model: PreTrainedModel, pattern: str) -> list[str]:
     return found
 
 
-def add_lora(model: PreTrainedModel, recipe: Recipe, *, base_model: str) -> PeftModel:
-    """Put fresh LoRA matrices on the recipe's targets; raises `ModelError` if they landed anywhere else.
+def lora_layers(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """Return the names of the layers that get LoRA: those that `lora_targets` matches, and all linears of other parts.
 
-    `base_model` is the name the adapter will remember its base model by.
+    Raises `RecipeError` if a part that the recipe names has none.
     """
-    targets = lora_targets(model, recipe.lora_targets)
+    parts = parts_of(model)
+    found = lora_targets(model, recipe.lora_targets) if "language" in recipe.lora_parts else []
+    for part in recipe.lora_parts:
+        if part != "language":
+            # a subclass may be called in ways that LoRA does not see, as in SigLIP's attention pooling
+            plain = [name for name, module in linear_names(model).items() if type(module) is nn.Linear]
+            inside = [name for name in plain if parts.of(name) == part]
+            if not inside and parts.roots_of(part):
+                raise RecipeError(
+                    f"lora_parts: the {part} of {type(model).__name__} has no linear layer that LoRA could sit on. "
+                    f"Write {part} into full_parts instead."
+                )
+            if not inside:
+                raise RecipeError(f"lora_parts: {missing_part(model, part)}")
+            found += inside
+    return found
+
+
+def add_lora(model: PreTrainedModel, recipe: Recipe, *, base_model: str) -> PeftModel:
+    """Put fresh LoRA matrices on the recipe's layers, and copies to train beside parts that it trains in full.
+
+    `base_model` is the name the adapter will remember its base model by. Raises `RecipeError` if a pattern or part
+    matches nothing, `ModelError` if LoRA landed anywhere else.
+    """
+    layers = lora_layers(model, recipe)
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(field, getattr(recipe, field), layers)
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=rf"{re.escape(decoder_name(model))}\..*\.({recipe.lora_targets})",
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        rank_pattern=dict(recipe.rank_pattern),
+        alpha_pattern=dict(recipe.alpha_pattern),
+        target_modules=_pattern_of(layers),
+        modules_to_save=[name for part in recipe.full_parts for name in whole_modules(model, part)] or None,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_model
-    _check_lora(adapted, targets)
+    _check_lora(adapted, layers)
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put a trained adapter on its base model, switched on."""
+def _pattern_of(names: list[str]) -> str:
+    """A regular expression that matches the names in full, and those of the same layers in other blocks."""
+
+    def pattern(name: str) -> str:
+        *path, last = name.split(".")  # a last number tells layers of one block apart
+        return r"\.".join([*(r"\d+" if part.isdigit() else part for part in path), last])
+
+    return "|".join(sorted({pattern(name) for name in names}))
+
+
+def _check_patterns(field: str, patterns: Mapping[str, int], layers: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers)  # as PEFT matches it
+        except re.error as error:
+            raise RecipeError(f"{field}: {pattern!r} is not a regular expression ({error}).") from None
+        if not matched:
+            raise RecipeError(
+                f"{field}: {pattern!r} matches the end of no layer that gets LoRA, such as {layers[0]}. Correct it."
+            )
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel | PreTrainedModel:
+    """Put on its base model what a training left in `folder`: an adapter, switched on, or weights trained in full.
+
+    Raises `ModelError` if they are not safetensors or don't fit.
+    """
+    if is_saved_in_full(folder):
+        return load_weights(model, folder)
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder}: holds no adapter_model.safetensors. Pickled weights (adapter_model.bin) are not read, because "
+            "they can run code: load them where that does no harm, and save them again with PEFT's save_pretrained."
+        )
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def lora_names(model: PeftModel) -> list[str]:
-    """Return the names, in the base model, of the layers that carry LoRA."""
-    base = model.get_base_model()
+def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path | None) -> PeftModel | PreTrainedModel:
+    """Return `base` with gradients for what the recipe trains, starting from the folder that a parent run left."""
+    if recipe.method == "full":
+        return train_in_full(load_weights(base, parent) if parent else base, recipe)
+    if parent:
+        return load_adapter(base, parent, trainable=True)
+    return add_lora(base, recipe, base_model=recipe.base_model)
+
+
+def save_trained(model: PeftModel | PreTrainedModel, folder: Path, recipe: Recipe, *, dtype: torch.dtype) -> None:
+    """Leave in `folder` what was trained, for `load_adapter`: PEFT's files, or in `dtype` what was trained in full."""
+    if not isinstance(model, PeftModel):
+        save_weights(model, folder, parts=recipe.full_parts, dtype=dtype)
+        return
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
+
+
+def lora_names(model: PeftModel | PreTrainedModel) -> list[str]:
+    """Return the names, in the base model, of the layers that carry LoRA; none if the model has no adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 

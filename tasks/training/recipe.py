@@ -6,10 +6,21 @@ The same recipe renders the prompts of training, evaluation and merging, so the 
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+TrainablePart = Literal["language", "projector", "vision"]
+"""Parts of a model that a recipe can train; `families.parts_of` says which modules they are."""
+
+HIGHEST_4BIT_LEARNING_RATE = 5e-5
+"""Above it, adapters on a 4-bit base often get worse while their loss looks fine."""
+
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[int, Field(ge=1, le=4096)]
 
 
 class RecipeError(ValueError):
@@ -17,7 +28,7 @@ class RecipeError(ValueError):
 
 
 class Recipe(BaseModel):
-    """How to fine-tune a base model with LoRA on a snapshot. Defaults suit QLoRA of a multi-billion-parameter model."""
+    """How to fine-tune a base model on a snapshot. Defaults suit QLoRA of a multi-billion-parameter model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -40,37 +51,69 @@ class Recipe(BaseModel):
         default=None,
         ge=1,
         le=16384,
-        description="Most tokens an image may become, if the processor has that setting (Gemma 4: 70, 140, 280, 560 "
-        "or 1120). Empty keeps the processor's own.",
+        description="Most tokens an image may become, if the model's images vary in that (Gemma 4: 70, 140, 280, 560 "
+        "or 1120; Qwen-VL and SmolVLM: any number). Empty keeps the processor's own.",
+    )
+
+    method: Literal["lora", "full"] = Field(
+        default="lora",
+        description="lora trains small matrices beside the weights of lora_parts; full trains the weights of "
+        "full_parts themselves, and no LoRA field has a meaning.",
+    )
+    full_parts: tuple[TrainablePart, ...] = Field(
+        default=(), description="Parts whose own weights are trained; with method lora, projector or vision."
     )
 
     quantization: Literal["auto", "nf4", "none"] = Field(
         default="auto",
         description="How the base model's weights are held: nf4 (4-bit, double quantisation) or none. "
-        "auto is nf4 on a GPU and none on a CPU.",
+        "auto is nf4 for LoRA on a GPU, else none.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="What is computed in. auto is bf16 on a GPU and fp32 on a CPU."
     )
 
-    lora_rank: int = Field(default=64, ge=1, le=1024, description="Rank of the LoRA matrices.")
-    lora_alpha: int = Field(
-        default=64, ge=1, le=4096, description="LoRA scale: the update is multiplied by alpha / rank."
+    lora_parts: tuple[TrainablePart, ...] = Field(
+        default=("language",),
+        description="Parts of the model that get LoRA; all linear layers of projector and vision.",
     )
+    lora_targets: str = Field(
+        default="(q|k|v|o|gate|up|down)_proj",
+        min_length=1,
+        description="Regular expression that the names of the language model's linear layers must match in full to "
+        "get LoRA. Layers of other parts never need to.",
+    )
+    lora_rank: Rank = Field(default=64, description="Rank of the LoRA matrices.")
+    lora_alpha: Alpha = Field(default=64, description="LoRA scale: the update is multiplied by alpha / rank.")
     lora_dropout: float = Field(
         default=0,
         ge=0,
         lt=1,
         description="Dropout before the LoRA matrices, 0-1. Without it, they are computed faster.",
     )
-    lora_targets: str = Field(
-        default="(q|k|v|o|gate|up|down)_proj",
-        min_length=1,
-        description="Regular expression that the names of the language model's linear layers must match in full to "
-        "get LoRA. Layers outside the language model never do.",
+    use_rslora: bool = Field(
+        default=False, description="Multiply the update by alpha / sqrt(rank): for ranks of 64 and more (rsLoRA)."
+    )
+    use_dora: bool = Field(
+        default=False, description="Learn the length of each weight column apart from its direction (DoRA): slower."
+    )
+    rank_pattern: dict[str, Rank] = Field(
+        default={}, description="Other ranks for some layers, by regular expression on the end of their names."
+    )
+    alpha_pattern: dict[str, Alpha] = Field(
+        default={}, description="Other alphas for some layers, by regular expression on the end of their names."
     )
 
-    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="Peak learning rate; decays as a cosine to 0.")
+    learning_rate: LearningRate = Field(default=5e-5, description="Peak learning rate.")
+    learning_rates: dict[TrainablePart, LearningRate] = Field(
+        default={}, description="Peak learning rates of single parts, in place of learning_rate."
+    )
+    allow_high_learning_rate: bool = Field(
+        default=False, description="Accept learning rates above 5e-5 on a 4-bit base model."
+    )
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How learning rates go on after the warmup: fall to 0, or stay."
+    )
     warmup: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1."
     )
@@ -78,6 +121,13 @@ class Recipe(BaseModel):
         default="adamw",
         description="paged_adamw_8bit holds the optimizer's state in 8 bits, and moves it to main memory when the "
         "GPU's is full.",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decay of weights other than norms.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradients longer than this (L2 norm over all weights) are scaled down to it."
+    )
+    neftune_alpha: float | None = Field(
+        default=None, gt=0, description="Strength of the noise on token embeddings in training (NEFTune). Empty: none."
     )
     batch_size: int = Field(default=4, ge=1, le=1024, description="Samples in one forward pass.")
     tokens_per_batch: int | None = Field(
@@ -93,6 +143,12 @@ class Recipe(BaseModel):
     )
     max_steps: int | None = Field(
         default=None, ge=1, description="Optimizer steps. Empty means as many as epochs asks for."
+    )
+    early_stop_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations without a lower loss on the validation split, one every save_steps "
+        "steps, and keep the best weights. Empty: never stop early.",
     )
     checkpointed_share: float | None = Field(
         default=None,
@@ -120,6 +176,61 @@ class Recipe(BaseModel):
 
     max_new_tokens: int = Field(default=64, ge=1, le=8192, description="Longest answer in evaluation, tokens.")
     answer_batch_size: int = Field(default=16, ge=1, le=1024, description="Prompts answered at once in evaluation.")
+
+    @property
+    def trained_parts(self) -> tuple[TrainablePart, ...]:
+        """Parts that the training changes, by LoRA or in full."""
+        lora = self.lora_parts if self.method == "lora" else ()
+        return tuple(dict.fromkeys((*lora, *self.full_parts)))
+
+    def learning_rate_of(self, part: TrainablePart) -> float:
+        """Return the peak learning rate of a part."""
+        return self.learning_rates.get(part, self.learning_rate)
+
+    def check_learning_rates(self, *, four_bit: bool) -> None:
+        """Raise `RecipeError` if a learning rate is too high for a 4-bit base and nobody said that it is meant."""
+        rates = {part: self.learning_rate_of(part) for part in self.trained_parts}
+        high = [f"{part} {rate:g}" for part, rate in rates.items() if rate > HIGHEST_4BIT_LEARNING_RATE]
+        if four_bit and high and not self.allow_high_learning_rate:
+            raise RecipeError(
+                f"learning_rate: {', '.join(high)} is above {HIGHEST_4BIT_LEARNING_RATE:g}, which often makes a 4-bit "
+                "base model worse while the loss looks fine. Lower it, set quantization: none, or write "
+                "allow_high_learning_rate: true."
+            )
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        try:
+            self._check_parts()
+            self.check_learning_rates(four_bit=self.quantization == "nf4")
+        except RecipeError as error:
+            raise PydanticCustomError("recipe", "{error}", {"error": str(error)}) from None
+        return self
+
+    def _check_parts(self) -> None:
+        if self.method == "full":
+            self._check_full()
+        elif not self.lora_parts:
+            raise RecipeError("lora_parts: is empty, so nothing gets LoRA. Name a part, or write method: full.")
+        elif "language" in self.full_parts:
+            raise RecipeError("full_parts: language can't be trained in full beside LoRA. Write method: full.")
+        elif both := set(self.lora_parts) & set(self.full_parts):
+            raise RecipeError(f"full_parts: {min(both)} has LoRA already. Name it in lora_parts or here, not in both.")
+        if strangers := [part for part in self.learning_rates if part not in self.trained_parts]:
+            raise RecipeError(
+                f"learning_rates: {strangers[0]} is not trained. Parts that are: {', '.join(self.trained_parts)}."
+            )
+
+    def _check_full(self) -> None:
+        if not self.full_parts:
+            raise RecipeError(
+                "full_parts: is empty, so method: full trains nothing. Name language, projector or vision."
+            )
+        if self.quantization == "nf4":
+            raise RecipeError("quantization: 4-bit weights can't be trained. With method: full, write none or auto.")
+        lora_only = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        if given := [name for name in lora_only if getattr(self, name)]:
+            raise RecipeError(f"{given[0]}: has no effect with method: full. Leave it out, or write method: lora.")
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

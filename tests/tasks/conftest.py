@@ -36,6 +36,7 @@ def recipe(gemma: Path) -> Recipe:
         lora_rank=4,
         lora_alpha=8,
         learning_rate=1e-3,
+        allow_high_learning_rate=True,
         batch_size=2,
         accumulation=2,
         max_steps=8,

@@ -1,9 +1,12 @@
+import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from tasks.training.base_model import MissingBaseModel, find_base_model
+from tasks.training import base_model
+from tasks.training.base_model import MissingBaseModel, UnsafeBaseModel, find_base_model
 
 
 @pytest.fixture
@@ -25,8 +28,37 @@ def test_any_changed_file_makes_it_another_model(copy: Path, file: str) -> None:
 
 def test_pickled_weights_are_not_accepted(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(MissingBaseModel, match=r"holds no config\.json with \*\.safetensors"):
+    with pytest.raises(
+        MissingBaseModel, match=r"Pickled weights \(pytorch_model\.bin\) are not read, because they can"
+    ):
         find_base_model(str(copy))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_a_model_with_code_of_its_own_is_refused_and_its_code_not_run(copy: Path, file: str, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    (copy / "own.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    content = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**content, "auto_map": {"AutoConfig": "own.Config"}}))
+    with pytest.raises(
+        UnsafeBaseModel, match=rf"{file}: auto_map names code that comes with the model, which is never"
+    ):
+        find_base_model(str(copy))
+    assert not trap.exists()
+
+
+def test_a_hub_model_with_code_of_its_own_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.Config"}}))
+    monkeypatch.setattr(base_model, "snapshot_download", lambda *_, **__: str(copy))
+    with pytest.raises(UnsafeBaseModel):
+        find_base_model("somebody/model")
+
+
+def test_no_pickles_and_no_code_are_downloaded() -> None:
+    names = ["pytorch_model.bin", "model.pt", "weights.pkl", "modeling_own.py", "training_args.bin"]
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in base_model.FILES)]
+    assert any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in base_model.FILES)
 
 
 def test_a_hub_name_without_network_says_what_to_give_instead(monkeypatch: pytest.MonkeyPatch) -> None:

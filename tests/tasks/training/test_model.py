@@ -110,6 +110,89 @@ def test_a_pattern_that_is_none_is_refused(gemma: Path, recipe: Recipe) -> None:
         models.lora_targets(base, "(q")
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_learns_magnitudes_beside_the_matrices(gemma: Path, recipe: Recipe, quantization: str) -> None:
+    chosen = recipe.model_copy(update={"use_dora": True, "quantization": quantization})
+    adapted = models.add_lora(models.load_model(gemma, models.place(chosen)), chosen, base_model="m")
+    layers = models.lora_names(adapted)
+    magnitudes = [name for name, weight in adapted.named_parameters() if "magnitude" in name and weight.requires_grad]
+    assert len(magnitudes) == len(layers) == len(models.lora_layers(adapted.unload(), chosen))
+
+
+def scalings(gemma: Path, recipe: Recipe) -> dict[str, tuple[int, float]]:
+    """Rank and scale of the LoRA on each layer."""
+    adapted = models.add_lora(models.load_model(gemma, models.place(recipe)), recipe, base_model="m")
+    base = adapted.get_base_model()
+    found = {name: base.get_submodule(name) for name in models.lora_names(adapted)}
+    return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in found.items()}
+
+
+def test_the_scale_is_alpha_over_rank_and_over_its_root_with_rslora(gemma: Path, recipe: Recipe) -> None:
+    wide = recipe.model_copy(update={"lora_rank": 16, "lora_alpha": 8})
+    assert set(scalings(gemma, wide).values()) == {(16, 0.5)}
+    assert set(scalings(gemma, wide.model_copy(update={"use_rslora": True})).values()) == {(16, 2.0)}
+
+
+def test_patterns_give_some_layers_other_ranks_and_alphas(gemma: Path, recipe: Recipe) -> None:
+    patterns = {"rank_pattern": {"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 8}, "alpha_pattern": {"down_proj": 6}}
+    found = scalings(gemma, recipe.model_copy(update=patterns))
+    assert found[f"{LANGUAGE}0.self_attn.q_proj"] == (8, 1.0)
+    assert found[f"{LANGUAGE}1.self_attn.q_proj"] == (4, 2.0)
+    assert {at for name, at in found.items() if name.endswith("down_proj")} == {(2, 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern", "message"),
+    [
+        ("rank_pattern", "query", r"rank_pattern: 'query' matches the end of no layer that gets LoRA, such as model\."),
+        ("alpha_pattern", "(q", r"alpha_pattern: '\(q' is not a regular expression"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(
+    gemma: Path, recipe: Recipe, field: str, pattern: str, message: str
+) -> None:
+    base = models.load_model(gemma, models.place(recipe))
+    with pytest.raises(RecipeError, match=message):
+        models.add_lora(base, recipe.model_copy(update={field: {pattern: 3}}), base_model="m")
+
+
+def test_the_adapter_names_its_layers_without_their_numbers(gemma: Path, recipe: Recipe) -> None:
+    adapted = models.add_lora(models.load_model(gemma, models.place(recipe)), recipe, base_model="m")
+    pattern = adapted.peft_config["default"].target_modules
+    assert r"model\.language_model\.layers\.\d+\.mlp\.up_proj" in pattern.split("|")
+    assert len(pattern.split("|")) == 7
+
+
+def test_a_pickled_adapter_is_refused_and_not_read(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return open, (str(tmp_path / "trap"), "w")
+
+    base = models.load_model(gemma, models.place(recipe))
+    models.add_lora(base, recipe, base_model="m").save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(Trap(), tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(
+        models.ModelError, match=r"holds no adapter_model\.safetensors.*adapter_model\.bin\) are not read"
+    ):
+        models.load_adapter(models.load_model(gemma, models.place(recipe)), tmp_path / "adapter")
+    assert not (tmp_path / "trap").exists()
+
+
+def test_nothing_in_the_code_trusts_remote_code() -> None:
+    sources = [path for root in ("tasks", "flows", "storage") for path in Path(root).rglob("*.py")]
+    lines = [line for path in sources for line in path.read_text().splitlines() if "trust_remote_code" in line]
+    assert lines
+    assert all("trust_remote_code=False" in line for line in lines)
+
+
+def test_with_method_full_auto_is_unquantized_on_any_machine(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    assert models.place(recipe).four_bit
+    assert not models.place(recipe.model_copy(update={"method": "full", "full_parts": ("language",)})).four_bit
+
+
 def test_on_a_cpu_auto_means_unquantized_fp32_and_says_so(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from storage.fingerprint import fingerprint
 from tasks.training.recipe import Recipe, RecipeError, load_recipe
 
+FULL = "base_model: m\nmethod: full\nfull_parts: [language]\n"
 SHIPPED = sorted(Path("deployments/recipes").glob("*.yaml"))
 
 
@@ -41,6 +42,18 @@ def test_overrides_take_the_place_of_the_file(tmp_path: Path) -> None:
         ("lora_rank: 8\n", "base_model: Field required"),
         ("base_model: m\nquantization: int3\n", "quantization: Input should be 'auto', 'nf4' or 'none'"),
         ("- base_model\n", "holds list, not fields"),
+        ("base_model: m\ntrust_remote_code: true\n", "trust_remote_code: no such field"),
+        ("base_model: m\nlora_parts: [audio]\n", "lora_parts.0: Input should be 'language', 'projector' or 'vision'"),
+        ("base_model: m\nlora_parts: []\n", "lora_parts: is empty, so nothing gets LoRA"),
+        ("base_model: m\nfull_parts: [language]\n", "full_parts: language can't be trained in full beside LoRA"),
+        ("base_model: m\nlora_parts: [vision]\nfull_parts: [vision]\n", "full_parts: vision has LoRA already"),
+        ("base_model: m\nlearning_rates: {vision: 1e-5}\n", "learning_rates: vision is not trained"),
+        ("base_model: m\nmethod: full\n", "full_parts: is empty, so method: full trains nothing"),
+        (FULL + "quantization: nf4\n", "quantization: 4-bit weights can't be trained"),
+        (FULL + "use_dora: true\n", "use_dora: has no effect with method: full"),
+        (FULL + "rank_pattern: {q_proj: 8}\n", "rank_pattern: has no effect with method: full"),
+        ("base_model: m\nrank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj: Input should be greater than"),
+        ("base_model: m\nearly_stop_patience: 0\n", "early_stop_patience: Input should be greater than"),
         ("base_model: [\n", "not YAML"),
     ],
 )
@@ -50,6 +63,43 @@ def test_faults_are_named_with_file_and_field(tmp_path: Path, text: str, message
         load_recipe(path)
     assert "mine.yaml" in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_high_learning_rate_on_a_4_bit_base_must_be_meant() -> None:
+    Recipe(base_model="m", quantization="nf4", learning_rate=5e-5)
+    with pytest.raises(
+        ValidationError, match="learning_rate: language 6e-05 is above 5e-05, which often makes a 4-bit"
+    ):
+        Recipe(base_model="m", quantization="nf4", learning_rate=6e-5)
+    Recipe(base_model="m", quantization="nf4", learning_rate=6e-5, allow_high_learning_rate=True)
+    Recipe(base_model="m", quantization="none", learning_rate=6e-5)
+
+
+def test_the_rate_of_any_trained_part_counts() -> None:
+    rates = {"quantization": "nf4", "learning_rates": {"projector": 1e-3}}
+    with pytest.raises(ValidationError, match=r"learning_rate: projector 0\.001 is above"):
+        Recipe(base_model="m", full_parts=("projector",), **rates)
+    lowered = {"quantization": "nf4", "learning_rate": 1e-3, "learning_rates": {"language": 1e-5}}
+    assert Recipe(base_model="m", **lowered).learning_rate_of("language") == 1e-5
+
+
+def test_where_the_machine_decides_on_4_bits_the_rule_waits_for_it() -> None:
+    recipe = Recipe(base_model="m", quantization="auto", learning_rate=1e-3)
+    recipe.check_learning_rates(four_bit=False)
+    with pytest.raises(RecipeError, match="allow_high_learning_rate: true"):
+        recipe.check_learning_rates(four_bit=True)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_keep_to_the_rule_on_a_gpu(path: Path) -> None:
+    recipe = load_recipe(path)
+    recipe.check_learning_rates(four_bit=recipe.method == "lora" and recipe.quantization != "none")
+
+
+def test_noise_and_early_stopping_are_off_by_default() -> None:
+    recipe = Recipe(base_model="m")
+    assert (recipe.neftune_alpha, recipe.early_stop_patience) == (None, None)
+    assert (recipe.method, recipe.lora_parts, recipe.full_parts) == ("lora", ("language",), ())
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
