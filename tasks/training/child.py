@@ -31,10 +31,12 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
+from tasks.training import distributed
 from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
 from tasks.training.conversations import ConversationCollator, check_loss, make_collator
 from tasks.training.dataset import read_examples
+from tasks.training.order import Order
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
 
@@ -50,7 +52,8 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train, going on from the last complete checkpoint in `folder` if there is one.
 
     `config` holds recipe, model (folder), examples (file) and parent_adapter (folder or null). Leaves `adapter/` and
-    `metrics.jsonl` in `folder`; returns what the run's record needs.
+    `metrics.jsonl` in `folder`; returns what the run's record needs. Several processes share the training when the
+    environment says so (see `distributed`); the first of them writes.
     """
     recipe = Recipe.model_validate(config["recipe"])
     placement = models.place(recipe)
@@ -64,14 +67,29 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
 
+    lora_weights = _trainable(model)
     trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
-    checkpoint = last_complete_checkpoint(folder / "checkpoints")
+    distributed.prepare(trainer, recipe)
+    checkpoint = last_complete_checkpoint(checkpoints_folder(folder, recipe))
     if checkpoint:
         log.info("going on from %s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-    (folder / "adapter" / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
-    return _result(model, processor, placement, folder)
+    _save(model, folder / "adapter")
+    memory = distributed.of_all(torch.cuda.max_memory_allocated() if placement.device.type == "cuda" else None)
+    distributed.leave()
+    return _result(model, processor, placement, folder, memory) | {"lora_weights": lora_weights}
+
+
+def _save(model: PeftModel, folder: Path) -> None:
+    weights = distributed.whole_weights(model)
+    if distributed.is_first():
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
+
+
+def checkpoints_folder(folder: Path, recipe: Recipe) -> Path:
+    """Return where checkpoints go: those of a sharded model are of another form, which only such a training reads."""
+    return folder / ("checkpoints" if recipe.sharding == "none" else f"checkpoints-{recipe.sharding}")
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -102,12 +120,12 @@ def _trainer(
 ) -> SFTTrainer:
     on_gpu = placement.device.type == "cuda"
     per_step = recipe.batch_size * recipe.accumulation
-    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * math.ceil(len(examples) / per_step)))
+    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * len(examples) / per_step))
     log.info("%d examples, %d steps of %d", len(examples), steps, per_step)
     args = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(checkpoints_folder(folder, recipe)),
         per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
+        gradient_accumulation_steps=distributed.passes_per_process(recipe),
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
@@ -119,7 +137,7 @@ def _trainer(
         # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
         gradient_checkpointing_kwargs={"use_reentrant": False},
         max_length=None,  # truncation would cut image tokens
-        dataloader_num_workers=min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
+        dataloader_num_workers=min(8, (os.cpu_count() or 1) // distributed.world_size() - 1) if on_gpu else 0,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         save_steps=recipe.save_steps,
@@ -127,15 +145,17 @@ def _trainer(
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        **distributed.trainer_arguments(recipe, model),
     )
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=model,
         args=args,
         train_dataset=examples,
         processing_class=processor,
         data_collator=collator,
-        callbacks=[_Progress(folder / METRICS)],
+        callbacks=[_Progress(folder / METRICS, per_pass=per_step / len(examples))],
     )
+    trainer.order = Order(len(examples), steps=steps, per_step=per_step, seed=recipe.seed)
     trainer.remove_callback(PrinterCallback)
     for weight in model.parameters():
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
@@ -143,18 +163,32 @@ def _trainer(
     return trainer
 
 
-class _Progress(TrainerCallback):
-    """Writes a line of metrics for every step, prints one now and then, and marks checkpoints that are whole."""
+class _Trainer(SFTTrainer):
+    """TRL's trainer, seeing the samples in our order."""
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
+    order: Order
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Order:
+        return self.order
+
+
+class _Progress(TrainerCallback):
+    """Writes a line of metrics for every step, prints one now and then, and marks checkpoints that are whole.
+
+    `per_pass` is the share of a pass over the samples that one step makes.
+    """
+
+    def __init__(self, metrics: Path, *, per_pass: float) -> None:
+        self.metrics, self.per_pass = metrics, per_pass
         self.printed = self.last = time.monotonic()
         self.tokens = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.last = time.monotonic()
+        if not state.is_world_process_zero:
+            return
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         self.metrics.write_text("".join(f"{line}\n" for line in lines[: state.global_step]))  # the rest comes again
-        self.last = time.monotonic()
 
     def on_log(
         self,
@@ -164,12 +198,12 @@ class _Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
         line = {
             "step": state.global_step,
-            "epoch": state.epoch,
+            "epoch": state.global_step * self.per_pass,
             "loss": logs["loss"],
             "token_accuracy": logs["mean_token_accuracy"],
             "entropy": logs["entropy"],
@@ -191,23 +225,29 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert args.output_dir is not None
-        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+        distributed.wait_for_all()  # each has written its part
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
 
-def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path) -> dict[str, Any]:
+def _result(
+    model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path, memory: list[int | None]
+) -> dict[str, Any]:
+    if not distributed.is_first():
+        return {}
     steps = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     tail = steps[-10:]
     four_bit = sum(map(models.is_four_bit, models.linear_names(model).values()))
-    on_gpu = placement.device.type == "cuda"
     return {
         "steps": len(steps),
         "train_loss": sum(step["loss"] for step in tail) / len(tail),
         "tokens": sum(step["tokens"] for step in steps),
         "seconds": sum(step["seconds"] for step in steps),
         "device": str(placement),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "processes": len(memory),
+        "peak_memory_bytes": max(filter(None, memory), default=None),
+        "peak_memory_bytes_by_rank": memory,
         "lora_layers": len(models.lora_names(model)),
-        "lora_weights": _trainable(model),
         "four_bit_layers": four_bit,
         "chat_template_fingerprint": fingerprint(processor.chat_template),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},

@@ -27,7 +27,7 @@ from storage.warehouse import Warehouse
 from tasks.training.base_model import BaseModel, find_base_model
 from tasks.training.dataset import Examples
 from tasks.training.documents import write_rows
-from tasks.training.gpu import reserved_gpu
+from tasks.training.gpu import reserved_gpus
 from tasks.training.process import RESULT, ChildFailed, run_child
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.run import FinishedRun, read_run
@@ -51,8 +51,12 @@ METRICS = pa.schema(
 )
 
 
-# What a run's adapter does not depend on: the base model counts by its content, not by what it is called.
-_NOT_TRAINED = {"base_model", "save_steps", "max_new_tokens", "answer_batch_size"}
+# How often a training on several GPUs goes on by itself after one of its processes was killed.
+RESTARTS = 3
+
+# What a run's adapter does not depend on: the base model counts by its content, not by what it is called; GPUs share
+# the samples of a step without changing them.
+_NOT_TRAINED = {"base_model", "gpus", "sharding", "save_steps", "max_new_tokens", "answer_batch_size"}
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -158,7 +162,7 @@ def _train_in_child(
         return result
     with ExitStack() as stack:
         parent = stack.enter_context(warehouse.downloaded(plan.parent_run.adapter)) if plan.parent_run else None
-        gpu = stack.enter_context(reserved_gpu(on_log))
+        gpus = stack.enter_context(reserved_gpus(on_log, plan.recipe.gpus))
         config = {
             "recipe": plan.recipe.model_dump(),
             "model": str(plan.base.folder),
@@ -166,7 +170,15 @@ def _train_in_child(
             "parent_adapter": str(parent) if parent else None,
         }
         try:
-            return run_child("tasks.training.child", config, folder=scratch, on_log=on_log, gpu=gpu)
+            return run_child(
+                "tasks.training.child",
+                config,
+                folder=scratch,
+                on_log=on_log,
+                gpus=gpus,
+                processes=plan.recipe.gpus,
+                restarts=RESTARTS if plan.recipe.gpus > 1 else 0,
+            )
         except ChildFailed as error:
             raise TrainingFailed(f"run {plan.run.run_id}: {error}") from None
 

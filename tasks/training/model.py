@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from tasks.training.distributed import local_rank, world_size
 from tasks.training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,15 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is computed: device, dtype, and whether its language model's linears are held in 4 bits."""
+    """Where a model is computed: device, dtype, and whether its language model's linears are held in 4 bits.
+
+    Of a `sharded` model every process holds a part of each weight, for which 4-bit weights are packed into `dtype`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     four_bit: bool
+    sharded: bool = False
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -51,7 +56,10 @@ def place(recipe: Recipe) -> Placement:
     four_bit = recipe.quantization == "nf4" or (recipe.quantization == "auto" and on_gpu)
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
-        torch.device("cuda:0" if on_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32, four_bit
+        torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu"),
+        torch.bfloat16 if bf16 else torch.float32,
+        four_bit,
+        sharded=recipe.sharding != "none" and world_size() > 1,
     )
     log.info("device: %s", placement)
     if not on_gpu and recipe.quantization == "auto":
@@ -97,6 +105,7 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
+            bnb_4bit_quant_storage=placement.dtype if placement.sharded else torch.uint8,
             llm_int8_skip_modules=modules_beside_decoder(_skeleton(folder)),
         )
     model = AutoModelForMultimodalLM.from_pretrained(

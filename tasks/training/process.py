@@ -1,6 +1,6 @@
-"""Runs a step that needs torch in a child process, so that its memory is freed and a crash stays contained.
+"""Runs a step that needs torch in child processes, so that its memory is freed and a crash stays contained.
 
-The child never outlives its parent: it is killed with its whole group when the parent leaves, however it leaves.
+A child never outlives its parent: it is killed with its own children when the parent leaves, however it leaves.
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Any
 
 import tasks
 from tasks.training.gpu import NO_GPU, Reservation
+from tasks.training.ranks import Ranks
 
 LAST_LINES = 30
 RESULT = "result.json"
@@ -47,65 +47,45 @@ def run_child(
     *,
     folder: Path,
     on_log: Callable[[str], None],
-    gpu: Reservation = NO_GPU,
+    gpus: Reservation = NO_GPU,
+    processes: int = 1,
+    restarts: int = 0,
 ) -> dict[str, Any]:
-    """Run `module.run(config, folder)` in a new process and return its result, a JSON object.
+    """Run `module.run(config, folder)` in new processes and return the result of the first, a JSON object.
 
-    `config` must be JSON too. Each line the child prints goes to `on_log` as it comes. Whatever ends this call,
-    be it an exception of `on_log` or KeyboardInterrupt, the child and its own children are killed first. Raises
-    `ChildFailed`.
+    `config` must be JSON too. Several processes find each other as torch.distributed's `env://` does. If a signal
+    kills one, all are started again, `restarts` times at most. Each line they print goes to `on_log` as it comes.
+    Whatever ends this call, be it an exception of `on_log` or KeyboardInterrupt, the processes and their own children
+    are killed first. Raises `ChildFailed`.
     """
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / RESULT).unlink(missing_ok=True)
     command = [sys.executable, "-m", __name__, module, str(folder), str(os.getpid())]
     root = str(Path(tasks.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpus.environment}
     started = time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,  # its own pipe: an orphan must not keep the parent's output open
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpu.environment},
-        start_new_session=True,
-        pass_fds=gpu.locks,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            last.append(line.rstrip())
-            on_log(line.rstrip())
-        process.wait()
-    finally:
-        _kill_group(process)
-    if process.returncode != 0 or not (folder / RESULT).exists():
-        how = _describe_exit(process.returncode)
-        lines = "\n".join(last) or "(it printed nothing)"
-        raise ChildFailed(f"{module} {how} after {time.monotonic() - started:.0f} s. Last lines:\n{lines}")
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return result
 
+    def say(line: str) -> None:
+        last.append(line)
+        on_log(line)
 
-def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill the child and its children. Nothing is lost by not asking first: what it writes appears whole or not."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    hint = ", perhaps because the machine ran out of memory," if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"
+    while True:
+        with Ranks(command, processes=processes, environment=environment, locks=gpus.locks) as ranks:
+            for line in ranks.lines():
+                say(line)
+            failure = ranks.wait()
+        if failure is None or not failure.killed or not restarts:
+            break
+        say(f"{failure}; all {processes} processes start again, {restarts} restarts are left")
+        restarts -= 1
+    if failure is None and (folder / RESULT).exists():
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+        return result
+    seconds = time.monotonic() - started
+    lines = "\n".join(last) or "(it printed nothing)"
+    raise ChildFailed(f"{module}: {failure or 'no result was left'} after {seconds:.0f} s. Last lines:\n{lines}")
 
 
 def _die_with_parent(parent: int) -> None:
@@ -117,13 +97,16 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Child side: `python -m tasks.training.process MODULE FOLDER PARENT_PID`."""
-    module, folder, parent = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent(parent)  # before the imports, which take seconds
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    """Child side: `python -m tasks.training.process MODULE FOLDER [PARENT_PID]`, perhaps by `accelerate launch`."""
+    module, folder = sys.argv[1], Path(sys.argv[2])
+    _die_with_parent(int(sys.argv[3]) if len(sys.argv) > 3 else os.getppid())  # before the imports, which take seconds
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, stream=sys.stdout, format="%(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
     config = json.loads((folder / "config.json").read_text())
     result = importlib.import_module(module).run(config, folder)
+    if not first:
+        return
     unfinished = folder / f"{RESULT}.unfinished"
     unfinished.write_text(json.dumps(result))
     unfinished.replace(folder / RESULT)

@@ -6,10 +6,10 @@ The same recipe renders the prompts of training, evaluation and merging, so the 
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class RecipeError(ValueError):
@@ -80,6 +80,18 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool = Field(
         default=True, description="Compute activations again in the backward pass: slower, but needs far less memory."
     )
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs of this machine to train on together, or processes where it has none. The samples of a step "
+        "stay batch_size × accumulation, so accumulation must be a multiple of it.",
+    )
+    sharding: Literal["none", "fsdp", "zero3"] = Field(
+        default="none",
+        description="What several GPUs share: none gives each a whole model (data parallel); fsdp (FSDP2) and zero3 "
+        "(DeepSpeed ZeRO-3) give each a part of every layer, for models too large for one. 4-bit models need fsdp.",
+    )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
     )
@@ -89,6 +101,28 @@ class Recipe(BaseModel):
 
     max_new_tokens: int = Field(default=64, ge=1, le=8192, description="Longest answer in evaluation, tokens.")
     answer_batch_size: int = Field(default=16, ge=1, le=1024, description="Prompts answered at once in evaluation.")
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.accumulation % self.gpus:
+            raise ValueError(
+                f"gpus: {self.gpus} can't share {self.accumulation} forward passes a step evenly. "
+                f"{self._shareable_step()}, or another number of gpus."
+            )
+        if self.sharding != "none" and self.gpus == 1:
+            raise ValueError(f"sharding: {self.sharding} needs several GPUs. Write gpus: 2 or more, or sharding: none.")
+        if self.sharding == "zero3" and self.quantization == "nf4":
+            raise ValueError("sharding: zero3 can't share 4-bit weights. Write sharding: fsdp, or quantization: none.")
+        return self
+
+    def _shareable_step(self) -> str:
+        """Advice for a step that `gpus` can share: of as many samples, in forward passes no larger than now."""
+        samples = self.batch_size * self.accumulation
+        passes = range(self.accumulation + -self.accumulation % self.gpus, samples + 1, self.gpus)
+        fitting = next((n for n in passes if samples % n == 0), None)
+        if fitting is None:
+            return f"Write accumulation: {passes.start}"
+        return f"Write accumulation: {fitting} and batch_size: {samples // fitting}"
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.training import gpu
-from tasks.training.gpu import reserved_gpu, visible_gpus
+from tasks.training.gpu import reserved_gpus, visible_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_runs_get_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
-    with reserved_gpu(print) as first, reserved_gpu(print) as second:
+    with reserved_gpus(print) as first, reserved_gpus(print) as second:
         assert first.environment == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
         assert second.environment == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
 
@@ -25,13 +25,13 @@ def test_two_runs_get_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_is_free_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
     for _ in range(2):
-        with reserved_gpu(pytest.fail) as reservation:
+        with reserved_gpus(pytest.fail) as reservation:
             assert reservation.environment == {"CUDA_VISIBLE_DEVICES": "GPU-a"}
 
 
 def test_a_third_run_waits_until_a_child_that_inherited_the_lock_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a")
-    with reserved_gpu(print) as reservation:
+    with reserved_gpus(print) as reservation:
         sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
         child = subprocess.Popen(sleeper, pass_fds=reservation.locks)
     said: list[str] = []
@@ -41,7 +41,7 @@ def test_a_third_run_waits_until_a_child_that_inherited_the_lock_is_gone(monkeyp
         child.kill()
         child.wait()
 
-    with reserved_gpu(kill_the_child):
+    with reserved_gpus(kill_the_child):
         assert said == ["waiting for a free GPU among GPU-a"]
 
 
@@ -49,7 +49,7 @@ def test_a_third_run_waits_until_a_child_that_inherited_the_lock_is_gone(monkeyp
 def test_hidden_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     assert visible_gpus() == []
-    with reserved_gpu(pytest.fail) as reservation:
+    with reserved_gpus(pytest.fail) as reservation:
         assert reservation.environment == {}
 
 

@@ -1,0 +1,146 @@
+"""What differs when several processes train one model: their device, the trainer's arguments, saving what is shared.
+
+The processes come from `ranks`, torchrun or `accelerate launch`; which and how many, the environment says.
+"""
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+from tasks.training.recipe import Recipe, RecipeError
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number among those of its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return rank() == 0
+
+
+def passes_per_process(recipe: Recipe) -> int:
+    """Return the forward passes of a step that fall to each process. Raises `RecipeError` if they can't be shared."""
+    if recipe.accumulation % world_size():
+        raise RecipeError(
+            f"accumulation: {recipe.accumulation} forward passes a step can't be shared by {world_size()} processes. "
+            "Write a multiple of their number, or start as many as gpus says."
+        )
+    return recipe.accumulation // world_size()
+
+
+def trainer_arguments(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the arguments of transformers' trainer that make it share the model as the recipe says."""
+    if world_size() == 1:
+        return {}
+    if recipe.sharding == "fsdp":
+        return {"fsdp": True, "fsdp_config": fsdp_config(model)}
+    if recipe.sharding == "zero3":
+        return {"deepspeed": zero3_config(recipe)}
+    # Buffers are constants. Adapters of a vision tower have no gradient in a step without images.
+    return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": True}
+
+
+def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return transformers' `fsdp_config` for FSDP2: one unit a layer, checkpoints in one part a process."""
+    present = {type(module).__name__ for module in model.modules()}
+    layers = sorted(present & set(model._no_split_modules or ()))
+    return {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": layers,
+        "reshard_after_forward": True,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+
+
+def zero3_config(recipe: Recipe) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for ZeRO-3, of what the trainer does not fill in from its own arguments."""
+    return {
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": False,  # adapters are gathered by `whole_weights`
+        },
+        "bf16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+    }
+
+
+def prepare(trainer: Trainer, recipe: Recipe) -> None:
+    """Set up what the trainer's arguments can't, and seed each process's dropout. Raises `RecipeError`.
+
+    Call it between making the trainer and training.
+    """
+    if world_size() == 1:
+        return
+    torch.manual_seed(recipe.seed + rank())  # else all processes would drop the same places
+    shared = {"fsdp": trainer.is_fsdp_enabled, "zero3": trainer.is_deepspeed_enabled}
+    if recipe.sharding != "none" and not shared[recipe.sharding]:
+        raise RecipeError(f"sharding: {recipe.sharding} works on GPUs only. Write sharding: none, or train on GPUs.")
+    if trainer.is_fsdp_enabled and trainer.args.bf16:
+        # Gradients of many processes are summed in 32 bits; accelerate would sum them in 16.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def whole_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return the trained weights by name, each gathered from all processes that hold a part of it, on the CPU.
+
+    All processes must call it.
+    """
+    return {name: _whole(weight).cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
+    if isinstance(weight, DTensor):
+        return weight.full_tensor().detach()
+    if hasattr(weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters  # an extra that few install
+
+        with GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight.detach()
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def of_all(value: Any) -> list[Any]:
+    """Return `value` of every process, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def leave() -> None:
+    """Take leave of the other processes when all is done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
