@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training.dataset import write_examples
-from tasks.training.process import ChildFailed, run_child
+from tasks.training.process import run_child
 from tasks.training.recipe import Recipe
 
 CHILD = "tests.tasks.training.shared_child"
@@ -112,9 +112,7 @@ def test_fsdp_trains_what_one_process_does_and_leaves_an_ordinary_adapter(traini
 
 
 def test_fsdp_shares_four_bit_weights(trainings: Trainings) -> None:
-    assert_same(
-        trainings.run(gpus=2, sharding="fsdp", quantization="nf4"), trainings.run(gpus=1, quantization="nf4")
-    )
+    assert_same(trainings.run(gpus=2, sharding="fsdp", quantization="nf4"), trainings.run(gpus=1, quantization="nf4"))
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
