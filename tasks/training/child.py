@@ -61,23 +61,43 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     base = models.load_model(config["model"], placement)
     set_seed(recipe.seed)  # LoRA's initial weights are random
     model = _adapted(base, recipe, config["parent_adapter"])
-    log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), _trainable(model) / 1e6)
+    lora_weights = _trainable(model)
+    log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), lora_weights / 1e6)
+    train_model(model, processor, read_examples(Path(config["examples"])), recipe, placement, folder)
+    _save(model, folder / "adapter")
+    memory = distributed.of_all(peak_memory(placement))
+    distributed.leave()
+    return _result(model, processor, placement, folder, memory) | {"lora_weights": lora_weights}
 
-    examples = read_examples(Path(config["examples"]))
+
+def train_model(
+    model: PeftModel,
+    processor: ProcessorMixin,
+    examples: Dataset,
+    recipe: Recipe,
+    placement: models.Placement,
+    folder: Path,
+) -> None:
+    """Train `model` in place, going on from the last complete checkpoint in `folder` if there is one.
+
+    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves checkpoints and `metrics.jsonl` in
+    `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not.
+    """
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
-
-    lora_weights = _trainable(model)
     trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
     distributed.prepare(trainer, recipe)
     checkpoint = last_complete_checkpoint(checkpoints_folder(folder, recipe))
     if checkpoint:
         log.info("going on from %s", checkpoint.name)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _save(model, folder / "adapter")
-    memory = distributed.of_all(torch.cuda.max_memory_allocated() if placement.device.type == "cuda" else None)
-    distributed.leave()
-    return _result(model, processor, placement, folder, memory) | {"lora_weights": lora_weights}
+
+
+def peak_memory(placement: models.Placement) -> int | None:
+    """Return the most GPU memory this process has held at once, bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated(placement.device) if placement.device.type == "cuda" else None
 
 
 def _save(model: PeftModel, folder: Path) -> None:
@@ -145,7 +165,7 @@ def _trainer(
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        **distributed.trainer_arguments(recipe, model),
+        **distributed.trainer_arguments(recipe, model.get_base_model()),
     )
     trainer = _Trainer(
         model=model,

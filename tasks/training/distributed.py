@@ -54,8 +54,13 @@ def trainer_arguments(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": fsdp_config(model)}
     if recipe.sharding == "zero3":
         return {"deepspeed": zero3_config(recipe)}
-    # Buffers are constants. Adapters of a vision tower have no gradient in a step without images.
-    return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": True}
+    # Buffers are constants; what is trained outside the language model has no gradient in a batch without images.
+    return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": _trains_beside_decoder(model)}
+
+
+def _trains_beside_decoder(model: PreTrainedModel) -> bool:
+    inside = {id(weight) for weight in model.get_decoder().parameters()}
+    return any(weight.requires_grad and id(weight) not in inside for weight in model.parameters())
 
 
 def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -99,6 +104,8 @@ def prepare(trainer: Trainer, recipe: Recipe) -> None:
     shared = {"fsdp": trainer.is_fsdp_enabled, "zero3": trainer.is_deepspeed_enabled}
     if recipe.sharding != "none" and not shared[recipe.sharding]:
         raise RecipeError(f"sharding: {recipe.sharding} works on GPUs only. Write sharding: none, or train on GPUs.")
+    # Our order repeats no samples to fill a last batch; accelerate thinks it does and would leave some uncounted.
+    trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
     if trainer.is_fsdp_enabled and trainer.args.bf16:
         # Gradients of many processes are summed in 32 bits; accelerate would sum them in 16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
