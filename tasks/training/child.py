@@ -37,6 +37,7 @@ from tasks.training.collate import CompletionCollator
 from tasks.training.conversations import ConversationCollator, check_loss, make_collator
 from tasks.training.dataset import read_examples
 from tasks.training.order import Order
+from tasks.training.ranks import is_first, world_size
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
 
@@ -102,7 +103,7 @@ def peak_memory(placement: models.Placement) -> int | None:
 
 def _save(model: PeftModel, folder: Path) -> None:
     weights = distributed.whole_weights(model)
-    if distributed.is_first():
+    if is_first():
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
 
@@ -157,7 +158,7 @@ def _trainer(
         # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
         gradient_checkpointing_kwargs={"use_reentrant": False},
         max_length=None,  # truncation would cut image tokens
-        dataloader_num_workers=min(8, (os.cpu_count() or 1) // distributed.world_size() - 1) if on_gpu else 0,
+        dataloader_num_workers=min(8, (os.cpu_count() or 1) // world_size() - 1) if on_gpu else 0,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         save_steps=recipe.save_steps,
@@ -253,7 +254,7 @@ class _Progress(TrainerCallback):
 def _result(
     model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path, memory: list[int | None]
 ) -> dict[str, Any]:
-    if not distributed.is_first():
+    if not is_first():
         return {}
     steps = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     tail = steps[-10:]

@@ -3,7 +3,6 @@
 The processes come from `ranks`, torchrun or `accelerate launch`; which and how many, the environment says.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -11,29 +10,12 @@ from peft import PeftModel
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tasks.training.model import ModelError
+from tasks.training.ranks import rank, world_size
 from tasks.training.recipe import Recipe, RecipeError
-
-
-def world_size() -> int:
-    """Return how many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Return this process's number among them, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Return this process's number among those of its machine, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
-    return rank() == 0
 
 
 def passes_per_process(recipe: Recipe) -> int:
@@ -106,10 +88,42 @@ def prepare(trainer: Trainer, recipe: Recipe) -> None:
         raise RecipeError(f"sharding: {recipe.sharding} works on GPUs only. Write sharding: none, or train on GPUs.")
     # Our order repeats no samples to fill a last batch; accelerate thinks it does and would leave some uncounted.
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
+    if trainer.is_fsdp_enabled:
+        trainer.add_callback(CheckSharded())
     if trainer.is_fsdp_enabled and trainer.args.bf16:
         # Gradients of many processes are summed in 32 bits; accelerate would sum them in 16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+class CheckSharded(TrainerCallback):
+    """Ends a training before its first step if what should be shared is not; see `check_sharded`."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Check the model that FSDP2 has made of ours."""
+        assert model is not None
+        check_sharded(model)
+
+
+def check_sharded(model: nn.Module) -> None:
+    """Raise `ModelError` unless every weight is divided among the processes.
+
+    Weights whose dtype can't be divided, such as 4-bit ones packed into bytes, accelerate leaves whole on each GPU.
+    """
+    weights = dict(model.named_parameters())
+    whole = [name for name, weight in weights.items() if not isinstance(weight, DTensor)]
+    if whole:
+        raise ModelError(
+            f"sharding: {len(whole)} of {len(weights)} weights are whole in every process: {', '.join(whole[:5])}. "
+            "Load 4-bit weights packed into the model's dtype, or write sharding: none."
+        )
 
 
 def whole_weights(model: PeftModel) -> dict[str, torch.Tensor]:

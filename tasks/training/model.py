@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from tasks.training.distributed import local_rank, world_size
+from tasks.training.ranks import local_rank, world_size
 from tasks.training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)

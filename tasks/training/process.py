@@ -18,7 +18,7 @@ from typing import Any
 
 import tasks
 from tasks.training.gpu import NO_GPU, Reservation
-from tasks.training.ranks import Ranks
+from tasks.training.ranks import Ranks, is_first
 
 LAST_LINES = 30
 RESULT = "result.json"
@@ -100,12 +100,11 @@ def main() -> None:
     """Child side: `python -m tasks.training.process MODULE FOLDER [PARENT_PID]`, perhaps by `accelerate launch`."""
     module, folder = sys.argv[1], Path(sys.argv[2])
     _die_with_parent(int(sys.argv[3]) if len(sys.argv) > 3 else os.getppid())  # before the imports, which take seconds
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, stream=sys.stdout, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, stream=sys.stdout, format="%(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
     config = json.loads((folder / "config.json").read_text())
     result = importlib.import_module(module).run(config, folder)
-    if not first:
+    if not is_first():
         return
     unfinished = folder / f"{RESULT}.unfinished"
     unfinished.write_text(json.dumps(result))

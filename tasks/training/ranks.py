@@ -51,10 +51,10 @@ class Ranks:
         self._processes: list[subprocess.Popen[str]] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._failure: Failure | None = None
-        port = _free_port() if processes > 1 else 0
+        port = free_port() if processes > 1 else 0
         try:
             for rank in range(processes):
-                place = _variables(rank, processes, port) if processes > 1 else {}
+                place = variables(rank, processes, port) if processes > 1 else {}
                 self._start(command, environment={**environment, **place}, locks=locks)
         except BaseException:
             self.kill()
@@ -131,8 +131,28 @@ class Ranks:
         return [Failure(rank, code) for rank, code in enumerate(codes) if code]
 
 
-def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torch.distributed's `env://` and accelerate read, for processes that all run on this machine."""
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number among those of its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return rank() == 0
+
+
+def variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return what torch.distributed's `env://` and accelerate read, for processes that all run on this machine."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
         "RANK": str(rank),
@@ -145,7 +165,8 @@ def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]

@@ -1,22 +1,37 @@
 """Two processes against one: the same samples, losses and adapter, whole or sharded, undisturbed or killed."""
 
 import json
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
+from tasks.training.child import CHECKED_ROWS, COMPLETE
 from tasks.training.dataset import write_examples
+from tasks.training.distributed import check_sharded
+from tasks.training.fit import train
+from tasks.training.model import ModelError
 from tasks.training.process import run_child
 from tasks.training.recipe import Recipe
+from tests.tasks.squares import publish
 
-CHILD = "tests.tasks.training.shared_child"
-CHECKED = 8  # batches that the loss mask is checked on before training
+WAYS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "two": {"gpus": 2},
+    "one_nf4": {"quantization": "nf4"},
+    "fsdp_nf4": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
+    "fsdp_nf4_killed": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
+}
+STEPS = 4
+KILL = {"rank": 1, "at_batch": CHECKED_ROWS + 3}  # in the third step; checkpoints are of the second and fourth
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,6 @@ class Trained:
 
     folder: Path
     result: dict[str, Any]
-    log: list[str]
 
     @property
     def losses(self) -> list[float]:
@@ -36,91 +50,102 @@ class Trained:
         return load_file(self.folder / "adapter" / "adapter_model.safetensors")
 
     def batches(self, rank: int) -> list[str]:
-        return (self.folder / f"seen-{rank}.txt").read_text().splitlines()[CHECKED:]
-
-
-class Trainings:
-    """Trains the same model on the same examples, once for each way of doing so."""
-
-    def __init__(self, examples: Path, recipe: Recipe, root: Path) -> None:
-        self.examples, self.recipe, self.root = examples, recipe, root
-        self.done: dict[str, Trained] = {}
-
-    def run(self, *, kill: dict[str, int] | None = None, restarts: int = 0, **fields: Any) -> Trained:
-        name = "-".join(f"{name}={value}" for name, value in {**fields, "kill": bool(kill)}.items())
-        if name not in self.done:
-            folder = self.root / name
-            folder.mkdir()
-            recipe = Recipe.model_validate({**self.recipe.model_dump(), **fields})
-            config = {
-                "recipe": recipe.model_dump(),
-                "model": recipe.base_model,
-                "examples": str(self.examples),
-                "parent_adapter": None,
-                "kill": kill,
-            }
-            log: list[str] = []
-            result = run_child(
-                CHILD, config, folder=folder, on_log=log.append, processes=recipe.gpus, restarts=restarts
-            )
-            self.done[name] = Trained(folder, result, log)
-        return self.done[name]
+        """The ids in each batch, without those that the loss mask was checked on."""
+        return (self.folder / f"seen-{rank}.txt").read_text().splitlines()[CHECKED_ROWS:]
 
 
 @pytest.fixture(scope="module")
-def trainings(
+def ways(
     squares: tuple[Warehouse, SnapshotRef], recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
-) -> Trainings:
+) -> dict[str, Trained]:
+    """The same training in every one of `WAYS`."""
     warehouse, snapshot = squares
-    root = tmp_path_factory.mktemp("shared")
-    still = recipe.model_copy(update={"lora_dropout": 0.0, "max_steps": 6})
-    written = write_examples(snapshot, still, split="train", warehouse=warehouse, path=root / "examples.arrow")
-    return Trainings(written.path, still, root)
+    root = tmp_path_factory.mktemp("ways")
+    path = root / "examples.arrow"
+    examples = write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=path).path
+    trainings = {}
+    for name, fields in WAYS.items():
+        way = Recipe.model_validate({**recipe.model_dump(), "lora_dropout": 0, "max_steps": STEPS, **fields})
+        config = {
+            "recipe": way.model_dump(),
+            "model": way.base_model,
+            "examples": str(examples),
+            "parent_adapter": None,
+        }
+        trainings[name] = {"processes": way.gpus, "config": config, "kill": KILL if "killed" in name else None}
+    results = run_child("tests.tasks.training.shared_child", {"trainings": trainings}, folder=root, on_log=print)
+    return {name: Trained(root / name, result) for name, result in results.items()}
 
 
 def assert_same(found: Trained, expected: Trained) -> None:
+    assert len(expected.losses) == STEPS
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.adapter.keys() == expected.adapter.keys()
     for name, weight in expected.adapter.items():
         torch.testing.assert_close(found.adapter[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_train_what_one_does(trainings: Trainings) -> None:
-    assert_same(trainings.run(gpus=2), trainings.run(gpus=1))
+def test_two_processes_train_what_one_does(ways: dict[str, Trained]) -> None:
+    assert_same(ways["two"], ways["one"])
 
 
-def test_each_process_sees_every_other_batch_of_one_process(trainings: Trainings) -> None:
-    alone, shared = trainings.run(gpus=1).batches(0), trainings.run(gpus=2)
-    assert len(alone) == 6 * 2
-    assert [shared.batches(0), shared.batches(1)] == [alone[0::2], alone[1::2]]
+def test_each_process_sees_every_other_batch_of_one_process(ways: dict[str, Trained]) -> None:
+    alone = ways["one"].batches(0)
+    assert len(alone) == STEPS * 2
+    assert [ways["two"].batches(rank) for rank in (0, 1)] == [alone[0::2], alone[1::2]]
 
 
-def test_a_pass_shows_every_sample_once(trainings: Trainings) -> None:
-    seen = " ".join(trainings.run(gpus=1).batches(0)).split()
-    assert len(set(seen[:13])) == 13
+def test_a_pass_shows_every_sample_once(ways: dict[str, Trained]) -> None:
+    seen = " ".join(ways["one"].batches(0)).split()
     assert sorted(seen[:13]) == sorted(set(seen))
 
 
-def test_metrics_count_the_tokens_of_all_processes(trainings: Trainings) -> None:
-    one, two = trainings.run(gpus=1).result, trainings.run(gpus=2).result
+def test_metrics_count_the_tokens_of_all_processes(ways: dict[str, Trained]) -> None:
+    one, two = ways["one"].result, ways["two"].result
     assert (two["tokens"], two["steps"]) == (one["tokens"], one["steps"])
     assert (one["processes"], two["processes"]) == (1, 2)
 
 
-def test_fsdp_trains_what_one_process_does_and_leaves_an_ordinary_adapter(trainings: Trainings) -> None:
-    assert_same(trainings.run(gpus=2, sharding="fsdp"), trainings.run(gpus=1))
+def test_fsdp_of_a_four_bit_model_trains_what_one_process_does(ways: dict[str, Trained]) -> None:
+    assert_same(ways["fsdp_nf4"], ways["one_nf4"])
+    checkpoint = ways["fsdp_nf4"].folder / "checkpoints-fsdp" / f"checkpoint-{STEPS}"
+    assert len(list(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))) == 2  # a part from each process
+    assert ways["fsdp_nf4"].result["four_bit_layers"] == ways["one_nf4"].result["four_bit_layers"] > 0
 
 
-def test_fsdp_shares_four_bit_weights(trainings: Trainings) -> None:
-    assert_same(trainings.run(gpus=2, sharding="fsdp", quantization="nf4"), trainings.run(gpus=1, quantization="nf4"))
+def test_a_weight_left_whole_on_every_gpu_is_reported() -> None:
+    with pytest.raises(ModelError, match=r"sharding: 2 of 2 weights are whole in every process: weight, bias"):
+        check_sharded(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_a_killed_process_is_started_again_from_the_last_checkpoint(trainings: Trainings, sharding: str) -> None:
-    kill = {"rank": 1, "at_batch": CHECKED + 5}  # in the fifth step; checkpoints are of the second and fourth
-    disturbed = trainings.run(gpus=2, sharding=sharding, kill=kill, restarts=1)
-    assert any("rank 1 was killed by SIGKILL" in line and "0 restarts are left" in line for line in disturbed.log)
-    assert "going on from checkpoint-4" in disturbed.log
-    undisturbed = trainings.run(gpus=2, sharding=sharding)
-    assert disturbed.losses == undisturbed.losses
-    assert all(torch.equal(disturbed.adapter[name], weight) for name, weight in undisturbed.adapter.items())
+def test_a_sharded_training_goes_on_after_one_process_was_killed(ways: dict[str, Trained]) -> None:
+    killed, undisturbed = ways["fsdp_nf4_killed"], ways["fsdp_nf4"]
+    assert len(killed.batches(0)) > len(undisturbed.batches(0))  # the third step came twice
+    assert killed.losses == undisturbed.losses
+    assert all(torch.equal(killed.adapter[name], weight) for name, weight in undisturbed.adapter.items())
+
+
+def test_a_run_on_several_gpus_goes_on_by_itself_when_one_process_is_killed(
+    ways: dict[str, Trained], recipe: Recipe, tmp_path: Path
+) -> None:
+    warehouse, snapshot = publish(tmp_path)
+    two = recipe.model_copy(update={"lora_dropout": 0.0, "max_steps": STEPS, "gpus": 2})
+    killer = threading.Thread(target=kill_second_process, args=(tmp_path / ".work",), daemon=True)
+    killer.start()
+    log: list[str] = []
+    run = train(snapshot, two, warehouse=warehouse, on_log=log.append).ref
+    killer.join(timeout=1)
+    assert any("rank 1 was killed by SIGKILL" in line for line in log)
+    assert "going on from checkpoint-2" in log
+    losses = warehouse.read_table(f"{run.folder}/metrics.parquet")["loss"].to_pylist()
+    assert losses == ways["two"].losses
+    adapter = load_file(warehouse.local_path(f"{run.adapter}/adapter_model.safetensors"))
+    assert all(torch.equal(adapter[name], weight) for name, weight in ways["two"].adapter.items())
+
+
+def kill_second_process(work: Path) -> None:
+    """Wait until there is a checkpoint, then kill the process with rank 1."""
+    while not list(work.glob(f"*/checkpoints/*/{COMPLETE}")):
+        time.sleep(0.01)
+    [victim] = [child for child in psutil.Process().children() if child.environ().get("RANK") == "1"]
+    victim.kill()
