@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, PreTrainedModel, set_seed
 
 from benchmarks.gpu.qlora_smoke import IMAGE_TOKENS, SAMPLE, build_config, publish_scenes
@@ -59,20 +59,21 @@ def random_model(layers: int, placement: models.Placement) -> PreTrainedModel:
     """Build a random model of `build_config` on the GPU with its decoder in NF4; the same one in every process."""
     torch.manual_seed(0)
     with placement.device:
-        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(build_config(layers), dtype=placement.dtype)
+        model: Any = AutoModelForMultimodalLM.from_config(build_config(layers), dtype=placement.dtype)
     model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
     inside = models.decoder_name(model) + "."
     for name in [name for name in models.linear_names(model) if name.startswith(inside)]:
         model.set_submodule(name, quantized(model.get_submodule(name), placement))
     model.is_loaded_in_4bit, model.hf_device_map = True, {"": placement.device}
     models.check_quantization(model, four_bit=True)
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
 def quantized(linear: Any, placement: models.Placement) -> torch.nn.Module:
     """Return the layer in NF4, as `models.load_model` would have loaded it."""
     storage = placement.dtype if placement.sharded else torch.uint8
-    layer = bitsandbytes.nn.Linear4bit(
+    layer = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -81,7 +82,7 @@ def quantized(linear: Any, placement: models.Placement) -> torch.nn.Module:
         quant_storage=storage,
         device="meta",
     )
-    layer.weight = bitsandbytes.nn.Params4bit(
+    layer.weight = Params4bit(
         linear.weight.data, requires_grad=False, quant_type="nf4", quant_storage=storage, module=layer
     )
     layer.bias = linear.bias

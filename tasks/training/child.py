@@ -139,6 +139,8 @@ def _trainer(
     placement: models.Placement,
     folder: Path,
 ) -> SFTTrainer:
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
     on_gpu = placement.device.type == "cuda"
     per_step = recipe.batch_size * recipe.accumulation
     steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * len(examples) / per_step))
@@ -166,7 +168,7 @@ def _trainer(
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
-        **distributed.trainer_arguments(recipe, model.get_base_model()),
+        **distributed.trainer_arguments(recipe, base),
     )
     trainer = _Trainer(
         model=model,
@@ -179,8 +181,8 @@ def _trainer(
     trainer.order = Order(len(examples), steps=steps, per_step=per_step, seed=recipe.seed)
     trainer.remove_callback(PrinterCallback)
     for weight in model.parameters():
-        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
-            weight.data = weight.data.float()
+        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16
+            weight.data = weight.data.to(distributed.trained_dtype(recipe, placement.dtype))
     return trainer
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.training.model import ModelError
@@ -35,6 +35,7 @@ def trainer_arguments(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     if recipe.sharding == "fsdp":
         return {"fsdp": True, "fsdp_config": fsdp_config(model)}
     if recipe.sharding == "zero3":
+        _check_zero3(recipe, model)
         return {"deepspeed": zero3_config(recipe)}
     # Buffers are constants; what is trained outside the language model has no gradient in a batch without images.
     return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": _trains_beside_decoder(model)}
@@ -59,20 +60,38 @@ def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def zero3_config(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for ZeRO-3, of what the trainer does not fill in from its own arguments."""
+    """Return DeepSpeed's configuration for ZeRO-3; "auto" is for transformers to fill in from its own arguments."""
     return {
         "zero_optimization": {
             "stage": 3,
             "overlap_comm": True,
             "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": False,  # adapters are gathered by `whole_weights`
+            "stage3_gather_16bit_weights_on_model_save": True,  # only what is trained, when that is an adapter
         },
         "bf16": {"enabled": "auto"},
         "gradient_clipping": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": recipe.batch_size,
+        "gradient_accumulation_steps": passes_per_process(recipe),
+        "train_batch_size": recipe.batch_size * recipe.accumulation,
     }
+
+
+def _check_zero3(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise `RecipeError` for what would train with wrong gradients: LoRA under ZeRO-3 recomputes reentrantly only."""
+    sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    if recipe.gradient_checkpointing and sharing:
+        raise RecipeError(
+            f"sharding: zero3 with gradient_checkpointing would give wrong gradients, because {sharing} layers of this "
+            "model use the keys and values of others. Write sharding: fsdp, or gradient_checkpointing: false."
+        )
+
+
+def trained_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of trained weights in a model of `dtype`: float32, as bf16 is too coarse to add small steps to.
+
+    DeepSpeed keeps such a copy itself and needs all weights of one dtype.
+    """
+    return dtype if recipe.sharding == "zero3" and world_size() > 1 else torch.float32
 
 
 def prepare(trainer: Trainer, recipe: Recipe) -> None:
@@ -138,7 +157,8 @@ def _whole(weight: torch.nn.Parameter) -> torch.Tensor:
     if isinstance(weight, DTensor):
         return weight.full_tensor().detach()
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # an extra that few install
+        # an extra that few install
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([weight]):
             return weight.detach().clone()

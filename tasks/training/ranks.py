@@ -22,9 +22,9 @@ LAST_WORDS_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Failure:
-    """How a process of a group ended without success: its rank, and its exit code (negative: the signal)."""
+    """How a process ended without success: its exit code (negative: the signal), and its rank if it is one of many."""
 
-    rank: int
+    rank: int | None
     code: int
 
     @property
@@ -33,10 +33,11 @@ class Failure:
         return self.code < 0
 
     def __str__(self) -> str:
+        who = "the process" if self.rank is None else f"rank {self.rank}"
         if not self.killed:
-            return f"rank {self.rank} ended with exit code {self.code}"
+            return f"{who} ended with exit code {self.code}"
         hint = ", perhaps because the machine ran out of memory," if self.code == -signal.SIGKILL else ""
-        return f"rank {self.rank} was killed by {signal.Signals(-self.code).name}{hint}"
+        return f"{who} was killed by {signal.Signals(-self.code).name}{hint}"
 
 
 class Ranks:
@@ -128,7 +129,8 @@ class Ranks:
 
     def _failures(self) -> list[Failure]:
         codes = [process.poll() for process in self._processes]
-        return [Failure(rank, code) for rank, code in enumerate(codes) if code]
+        several = len(codes) > 1
+        return [Failure(rank if several else None, code) for rank, code in enumerate(codes) if code]
 
 
 def world_size() -> int:

@@ -16,11 +16,11 @@ from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training.child import CHECKED_ROWS, COMPLETE
 from tasks.training.dataset import write_examples
-from tasks.training.distributed import check_sharded
+from tasks.training.distributed import check_sharded, passes_per_process, trainer_arguments, zero3_config
 from tasks.training.fit import train
-from tasks.training.model import ModelError
+from tasks.training.model import ModelError, Placement, load_model
 from tasks.training.process import run_child
-from tasks.training.recipe import Recipe
+from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import publish
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -149,3 +149,63 @@ def kill_second_process(work: Path) -> None:
         time.sleep(0.01)
     [victim] = [child for child in psutil.Process().children() if child.environ().get("RANK") == "1"]
     victim.kill()
+
+
+@pytest.fixture
+def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_a_step_has_as_many_samples_on_two_gpus(recipe: Recipe) -> None:
+    config = zero3_config(recipe)
+    assert config["train_batch_size"] == recipe.batch_size * recipe.accumulation == 4
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 1)
+
+
+def test_passes_that_can_not_be_shared_are_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="accumulation: 2 forward passes a step can't be shared by 3 processes"):
+        passes_per_process(recipe)
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_deepspeed_takes_the_configuration(recipe: Recipe) -> None:
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    settings = zero.DeepSpeedZeroConfig(**zero3_config(recipe)["zero_optimization"])
+    assert settings.stage == 3
+    assert settings.gather_16bit_weights_on_model_save
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_each_layer_is_a_unit_of_fsdp(gemma: Path, recipe: Recipe) -> None:
+    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
+    config = trainer_arguments(recipe.model_copy(update={"sharding": "fsdp"}), model)["fsdp_config"]
+    present = {type(module).__name__ for module in model.modules()}
+    assert set(config["transformer_layer_cls_to_wrap"]) <= present
+    assert type(model.get_decoder().layers[0]).__name__ in config["transformer_layer_cls_to_wrap"]
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_zero3_with_recomputation_is_refused_where_layers_share_keys(gemma: Path, recipe: Recipe) -> None:
+    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
+    model.config.get_text_config().num_kv_shared_layers = 2
+    zero3 = recipe.model_copy(update={"sharding": "zero3"})
+    with pytest.raises(RecipeError, match="zero3 with gradient_checkpointing would give wrong gradients, because 2"):
+        trainer_arguments(zero3, model)
+    assert "deepspeed" in trainer_arguments(zero3.model_copy(update={"gradient_checkpointing": False}), model)
+
+
+@pytest.mark.usefixtures("two_processes")
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_only_what_is_trained_beside_the_language_model_may_lack_gradients(
+    gemma: Path, recipe: Recipe, part: str
+) -> None:
+    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
+    for name, weight in model.named_parameters():
+        weight.requires_grad = part in name
+    assert trainer_arguments(recipe, model)["ddp_find_unused_parameters"] == (part == "vision_tower")
+
+
+def test_one_process_needs_no_arguments(recipe: Recipe) -> None:
+    assert trainer_arguments(recipe, torch.nn.Linear(2, 2)) == {}  # type: ignore[arg-type]
