@@ -3,6 +3,7 @@
 The processes come from `ranks`, torchrun or `accelerate launch`; which and how many, the environment says.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -77,13 +78,15 @@ def zero3_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_zero3(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Raise `RecipeError` for what would train with wrong gradients: LoRA under ZeRO-3 recomputes reentrantly only."""
+    """Raise `RecipeError` if DeepSpeed is missing or gradients would be wrong: with LoRA it recomputes reentrantly."""
     sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     if recipe.gradient_checkpointing and sharing:
         raise RecipeError(
             f"sharding: zero3 with gradient_checkpointing would give wrong gradients, because {sharing} layers of this "
             "model use the keys and values of others. Write sharding: fsdp, or gradient_checkpointing: false."
         )
+    if find_spec("deepspeed") is None:
+        raise RecipeError("sharding: zero3 needs the package deepspeed. Install it (extra deepspeed), or write fsdp.")
 
 
 def trained_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:

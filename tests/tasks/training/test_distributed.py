@@ -193,7 +193,16 @@ def test_zero3_with_recomputation_is_refused_where_layers_share_keys(gemma: Path
     zero3 = recipe.model_copy(update={"sharding": "zero3"})
     with pytest.raises(RecipeError, match="zero3 with gradient_checkpointing would give wrong gradients, because 2"):
         trainer_arguments(zero3, model)
-    assert "deepspeed" in trainer_arguments(zero3.model_copy(update={"gradient_checkpointing": False}), model)
+
+
+@pytest.mark.usefixtures("two_processes")
+def test_zero3_without_deepspeed_says_what_to_install(
+    gemma: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.training.distributed.find_spec", lambda name: None)
+    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
+    with pytest.raises(RecipeError, match=r"needs the package deepspeed\. Install it \(extra deepspeed\)"):
+        trainer_arguments(recipe.model_copy(update={"sharding": "zero3"}), model)
 
 
 @pytest.mark.usefixtures("two_processes")
