@@ -1,8 +1,9 @@
 """How much faster two GPUs train than one: whole model on each (data parallel) and shared between them (FSDP2).
 
     python -m benchmarks.gpu.scaling --layers 60
+    python -m benchmarks.gpu.scaling --layers 12 --quantization none --sharding zero3
 
-Trains QLoRA on a random Gemma 4 of the 31B's width, the same steps each time, and compares losses step by step.
+Trains LoRA on a random Gemma 4 of the 31B's width, the same steps each time, and compares losses step by step.
 `--tiny` takes the model that ships with the sample and, without GPUs, data-parallel processes; its speed means nothing.
 """
 
@@ -10,6 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,26 +48,37 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         base = models.load_model(SAMPLE, placement)
     set_seed(recipe.seed)
     model = models.add_lora(base, recipe, base_model="random")
-    if placement.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(placement.device)
+    measure_memory_from_second_step(model, distributed.passes_per_process(recipe))
     train_model(model, processor, read_examples(Path(config["examples"])), recipe, placement, folder)
     memory = distributed.of_all(peak_memory(placement))
     distributed.leave()
     return {"memory": memory, "device": str(placement)}
 
 
+def measure_memory_from_second_step(model: torch.nn.Module, passes: int) -> None:
+    """Forget the memory that loading took, before the model was shared, once it has made `passes` forward passes."""
+    number = count()
+
+    def forget(*_: object) -> None:
+        if next(number) == passes and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    model.register_forward_pre_hook(forget)
+
+
 def random_model(layers: int, placement: models.Placement) -> PreTrainedModel:
-    """Build a random model of `build_config` on the GPU with its decoder in NF4; the same one in every process."""
+    """Build a random model of `build_config` on the GPU, its decoder in NF4 if asked; the same in every process."""
     torch.manual_seed(0)
     with placement.device:
         model: Any = AutoModelForMultimodalLM.from_config(build_config(layers), dtype=placement.dtype)
     model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
-    inside = models.decoder_name(model) + "."
-    for name in [name for name in models.linear_names(model) if name.startswith(inside)]:
-        model.set_submodule(name, quantized(model.get_submodule(name), placement))
-    model.is_loaded_in_4bit, model.hf_device_map = True, {"": placement.device}
-    models.check_quantization(model, four_bit=True)
+    if placement.four_bit:
+        inside = models.decoder_name(model) + "."
+        for name in [name for name in models.linear_names(model) if name.startswith(inside)]:
+            model.set_submodule(name, quantized(model.get_submodule(name), placement))
+        model.is_loaded_in_4bit, model.hf_device_map = True, {"": placement.device}
+    models.check_quantization(model, four_bit=placement.four_bit)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -99,7 +112,7 @@ def measure(recipe: Recipe, examples: Path, layers: int) -> dict[str, Any]:
         steps = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     timed = steps[WARM_UP_STEPS:]
     return {
-        "name": "alone" if recipe.gpus == 1 else {"none": "data_parallel", "fsdp": "fsdp"}[recipe.sharding],
+        "name": "alone" if recipe.gpus == 1 else {"none": "data_parallel"}.get(recipe.sharding, recipe.sharding),
         "gpus": recipe.gpus,
         "tokens_per_second": sum(step["tokens"] for step in timed) / sum(step["seconds"] for step in timed),
         "peak_gib": max((held or 0) / 2**30 for held in result["memory"]),
@@ -133,18 +146,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples in one forward pass on one GPU")
     parser.add_argument("--accumulation", type=int, default=4, help="forward passes of a step, shared by the GPUs")
     parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--quantization", choices=["nf4", "none"], default="nf4")
+    parser.add_argument("--sharding", choices=["fsdp", "zero3"], default="fsdp", help="beside data parallel")
     parser.add_argument("--tiny", action="store_true", help="the sample's model, on whatever device there is")
     args = parser.parse_args()
 
     ways: list[tuple[int, str]] = [(1, "none"), (args.gpus, "none")]
     if visible_gpus():
-        ways.append((args.gpus, "fsdp"))  # accelerate shards on GPUs only
+        ways.append((args.gpus, args.sharding))  # accelerate shards on GPUs only
     with tempfile.TemporaryDirectory() as folder:
         warehouse = Warehouse(f"{folder}/warehouse")
         snapshot = publish_scenes(warehouse, samples=args.batch * args.accumulation * 4)
         recipe = Recipe(
             base_model=str(SAMPLE),
-            quantization="nf4",
+            quantization=args.quantization,
             lora_dropout=0,  # each process draws its own, and losses would differ
             max_steps=args.steps,
             save_steps=args.steps + 1,
@@ -163,7 +178,8 @@ def main() -> None:
         print(f"{name:40} {value:12,.4f}")
     if not args.tiny:
         device = f"{args.gpus} × {alone['device']}"
-        record("gpu_scaling", figures, device=device, layers=args.layers, recipe=recipe.model_dump(), ways=found)
+        name = f"gpu_scaling_{args.sharding}"
+        record(name, figures, device=device, layers=args.layers, recipe=recipe.model_dump(), ways=found)
     worst = max(way["largest_loss_difference"] for way in others)
     if worst > NOISE:
         raise SystemExit(f"losses differ by {worst:.1%} from those of one GPU, more than noise ({NOISE:.0%})")

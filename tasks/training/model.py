@@ -53,6 +53,8 @@ class Placement:
 def place(recipe: Recipe) -> Placement:
     """Resolve the recipe's `auto`s for this machine, and log what was chosen and why."""
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
     four_bit = recipe.quantization == "nf4" or (recipe.quantization == "auto" and on_gpu)
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
