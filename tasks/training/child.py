@@ -3,12 +3,10 @@
 It needs no warehouse: the examples come as a file, the results go into the folder it is given.
 """
 
-import json
 import logging
 import math
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,20 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import model as models
 from tasks.training.checkpoints import MarkComplete, last_complete_checkpoint
+from tasks.training.child_side import Stopped
 from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
-from tasks.training.metrics import METRICS, WriteMetrics
+from tasks.training.divergence import Diverged, remember, versions
+from tasks.training.interruption import StopWhenAsked
+from tasks.training.metrics import KeepMetrics, read_metrics
+from tasks.training.out_of_memory import OUT_OF_MEMORY, REMEDY, OutOfMemory, Pieces, is_out_of_memory
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
+from tasks.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train, going on from the last complete checkpoint in `folder` if there is one.
 
     `config` holds recipe, model (folder), examples (file) and parent_adapter (folder or null). Leaves `adapter/` and
-    `metrics.jsonl` in `folder`; returns what the run's record needs.
+    what `train_model` does in `folder`; returns what the run's record needs. Raises what `train_model` does.
     """
     recipe = Recipe.model_validate(config["recipe"])
     placement = models.place(recipe)
@@ -55,7 +57,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def train_model(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     processor: ProcessorMixin,
     examples: Dataset,
     recipe: Recipe,
@@ -64,29 +66,49 @@ def train_model(
 ) -> None:
     """Train `model` in place, going on from the last complete checkpoint in `folder` if there is one.
 
-    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves `checkpoints/` and `metrics.jsonl` in
-    `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not.
+    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves `checkpoints/`, `metrics.jsonl` and
+    `tensorboard/` in `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not,
+    `OutOfMemory` if a single sample does not fit, `Diverged` at a loss that is not finite, and `Stopped` when SIGTERM
+    ended it early, with a checkpoint.
     """
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
-    trainer = SFTTrainer(
+    stop = StopWhenAsked()
+    trainer = Trainer(
         model=model,
         args=_arguments(len(examples), recipe, placement, folder),
         train_dataset=examples,
         processing_class=processor,
-        data_collator=collator,
-        callbacks=[WriteMetrics(folder / METRICS), MarkComplete()],
+        collator=collator,
+        pieces=Pieces(folder / OUT_OF_MEMORY, device=str(placement)),
+        callbacks=[KeepMetrics(folder), stop, MarkComplete()],
     )
     trainer.remove_callback(PrinterCallback)
     for weight in model.parameters():
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
             weight.data = weight.data.float()
+    with stop.listening():
+        _train(trainer, folder)
+    done, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.asked and done < steps:
+        raise Stopped(f"stopped after step {done} of {steps}; it goes on from there when it is run again")
+
+
+def _train(trainer: Trainer, folder: Path) -> None:
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("going on from %s", checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Diverged as error:
+        remember(error, folder)
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory outside the forward and backward pass: {error}. {REMEDY}") from None
 
 
 def _arguments(examples: int, recipe: Recipe, placement: models.Placement, folder: Path) -> SFTConfig:
@@ -115,6 +137,7 @@ def _arguments(examples: int, recipe: Recipe, placement: models.Placement, folde
         save_steps=recipe.save_steps,
         save_total_limit=2,  # the newest may be half-written when the process is killed
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log the last finite loss in place of one that is not
         report_to="none",
         disable_tqdm=True,
     )
@@ -132,20 +155,21 @@ def _trainable(model: PeftModel) -> int:
 
 
 def _result(model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path) -> dict[str, Any]:
-    steps = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    steps = read_metrics(folder)
     tail = steps[-10:]
     four_bit = sum(map(models.is_four_bit, models.linear_names(model).values()))
-    on_gpu = placement.device.type == "cuda"
     return {
         "steps": len(steps),
         "train_loss": sum(step["loss"] for step in tail) / len(tail),
         "tokens": sum(step["tokens"] for step in steps),
         "seconds": sum(step["seconds"] for step in steps),
+        "input_wait_seconds": sum(step["input_wait_seconds"] for step in steps),
         "device": str(placement),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "peak_memory_bytes": max(step["peak_memory_bytes"] for step in steps),
+        "out_of_memory": Pieces(folder / OUT_OF_MEMORY, device=str(placement)).events,
         "lora_layers": len(models.lora_names(model)),
         "lora_weights": _trainable(model),
         "four_bit_layers": four_bit,
         "chat_template_fingerprint": fingerprint(processor.chat_template),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "versions": versions(),
     }

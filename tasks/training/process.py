@@ -1,6 +1,7 @@
 """Runs a step that needs torch in a child process, so that its memory is freed and a crash stays contained.
 
-The child never outlives its parent: it is killed with its whole group when the parent leaves, however it leaves.
+The child never outlives its parent: it is killed with its whole group when the parent leaves, however it leaves. Only
+where the parent is itself asked to leave does it ask the child first, and wait a while for what that wants to save.
 """
 
 import ctypes
@@ -11,17 +12,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tasks
+from tasks.training.child_side import REPORT, Stopped
 from tasks.training.gpu import NO_GPU, Reservation
 
 LAST_LINES = 30
 RESULT = "result.json"
+STOPPED = "stopped.json"
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+STOP_SECONDS = 120.0
+"""How long a child has to end when its parent is asked to leave; clouds give notice of 30 to 120 s."""
+
 _PR_SET_PDEATHSIG = 1
 
 # Models are found before a child starts, so it needs no network; and its log is lines that a reader can act on.
@@ -41,22 +50,30 @@ class ChildFailed(RuntimeError):  # noqa: N818 - says what happened
     """A child process ended without a result; the message holds how it ended and the last lines it printed."""
 
 
+class ChildStopped(ChildFailed):
+    """A child process was asked to stop and did, ready to go on when it is run again; the message says from where."""
+
+
 def run_child(
     module: str,
     config: Mapping[str, Any],
     *,
     folder: Path,
     on_log: Callable[[str], None],
+    on_report: Callable[[dict[str, Any]], None] | None = None,
     gpu: Reservation = NO_GPU,
 ) -> dict[str, Any]:
     """Run `module.run(config, folder)` in a new process and return its result, a JSON object.
 
-    `config` must be JSON too. Each line the child prints goes to `on_log` as it comes. Whatever ends this call,
-    be it an exception of `on_log` or KeyboardInterrupt, the child and its own children are killed first. Raises
-    `ChildFailed`.
+    `config` must be JSON too. Each line the child prints goes to `on_log` as it comes, and each of its `report`s to
+    `on_report`. Whatever ends this call, the child and its own children are killed first: at once if `on_log` or
+    `on_report` fails, but if this process is asked to leave (SIGTERM, KeyboardInterrupt, anything that is not an
+    `Exception`), the child is sent SIGTERM and has `STOP_SECONDS` to end by itself. Raises `ChildFailed`, or
+    `ChildStopped` if the child raised `Stopped`.
     """
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / RESULT).unlink(missing_ok=True)
+    for outcome in (RESULT, STOPPED):
+        (folder / outcome).unlink(missing_ok=True)
     command = [sys.executable, "-m", __name__, module, str(folder), str(os.getpid())]
     root = str(Path(tasks.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -73,14 +90,30 @@ def run_child(
         start_new_session=True,
         pass_fds=gpu.locks,
     )
-    try:
+
+    def follow() -> None:
         assert process.stdout is not None
         for line in process.stdout:
+            if line.startswith(REPORT):
+                if on_report:
+                    on_report(json.loads(line.removeprefix(REPORT)))
+                continue
             last.append(line.rstrip())
             on_log(line.rstrip())
         process.wait()
+
+    try:
+        with _sigterm_raising():
+            follow()
+    except Exception:
+        raise
+    except BaseException:  # this process is asked to leave
+        _stop(process, follow)
+        raise
     finally:
         _kill_group(process)
+    if (folder / STOPPED).exists():
+        raise ChildStopped(json.loads((folder / STOPPED).read_text()))
     if process.returncode != 0 or not (folder / RESULT).exists():
         how = _describe_exit(process.returncode)
         lines = "\n".join(last) or "(it printed nothing)"
@@ -89,8 +122,36 @@ def run_child(
     return result
 
 
+@contextmanager
+def _sigterm_raising() -> Iterator[None]:
+    """Make a SIGTERM that would end this process on the spot raise SystemExit; one that is handled stays as it is."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(process: "subprocess.Popen[str]", follow: Callable[[], None]) -> None:
+    """Ask the child to stop and follow what it still says; it is killed when its time is over."""
+    late = threading.Timer(STOP_SECONDS, _kill_group, [process])
+    late.daemon = True
+    late.start()
+    try:
+        process.terminate()
+        follow()
+    finally:
+        late.cancel()
+
+
 def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill the child and its children. Nothing is lost by not asking first: what it writes appears whole or not."""
+    """Kill the child and its children, even those it left behind. What it was writing appears whole or not at all."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -120,13 +181,27 @@ def main() -> None:
     """Child side: `python -m tasks.training.process MODULE FOLDER PARENT_PID`."""
     module, folder, parent = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     _die_with_parent(parent)  # before the imports, which take seconds
+    signal.signal(signal.SIGTERM, _stop_now)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
-    config = json.loads((folder / "config.json").read_text())
-    result = importlib.import_module(module).run(config, folder)
-    unfinished = folder / f"{RESULT}.unfinished"
-    unfinished.write_text(json.dumps(result))
-    unfinished.replace(folder / RESULT)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        _write(folder / RESULT, importlib.import_module(module).run(config, folder))
+    except Stopped as stopped:
+        logging.getLogger(__name__).info("%s", stopped)
+        _write(folder / STOPPED, str(stopped))
+        sys.exit(EXIT_STOPPED)
+
+
+def _stop_now(*_: object) -> None:
+    """What SIGTERM does in a child that does not handle it otherwise."""
+    raise Stopped("stopped; run it again to go on")
+
+
+def _write(path: Path, value: Any) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value))
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":
