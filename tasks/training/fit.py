@@ -51,9 +51,7 @@ METRICS = pa.schema(
         column("micro_batch", pa.int64(), "most samples in one forward pass of one process"),
         column("seconds", pa.float64(), "wall time of the step, s"),
         column("input_wait_seconds", pa.float64(), "time of the step spent waiting for its batches, s"),
-        column(
-            "peak_memory_bytes", pa.int64(), "most GPU memory of tensors until then; RAM of the process without GPU"
-        ),
+        column("peak_memory_bytes", pa.int64(), "most memory of tensors until then; without GPU, of the process"),
     ]
 )
 
@@ -66,7 +64,7 @@ class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
     """The training process ended without an adapter; the message holds its last lines."""
 
 
-class TrainingDiverged(TrainingFailed, ValueError):
+class TrainingDiverged(TrainingFailed, ValueError):  # noqa: N818 - says what happened
     """A loss was not finite, and would not be again; the message names the step and its samples."""
 
 
