@@ -48,7 +48,7 @@ class Pieces:
     def __init__(self, path: Path, *, device: str) -> None:
         self.path, self.device = path, device
         # the data loader's workers cut what they collate: they must see the number change
-        self._count = multiprocessing.Value("i", 1)
+        self._count = multiprocessing.Value("i", 1, lock=False)
         if self.events and self.events[-1]["device"] == device:
             self._count.value = self.events[-1]["pieces"]
 
