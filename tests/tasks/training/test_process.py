@@ -41,7 +41,7 @@ from tasks.training.child_side import Stopped
 def run(config, folder):
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    print("pid", os.getpid(), flush=True)
+    print("pids", os.getpid(), flush=True)
     while not asked:
         time.sleep(0.01)
     (folder / "saved").touch()
@@ -52,7 +52,7 @@ def run(config, folder):
 import os, signal, time
 def run(config, folder):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("pid", os.getpid(), flush=True)
+    print("pids", os.getpid(), flush=True)
     time.sleep(600)
 """,
     "reports": """
@@ -85,6 +85,15 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def pids_in(line: str) -> list[int]:
+    return list(map(int, line.split()[1:])) if line.startswith("pids") else []
+
+
+def terminate_child(line: str) -> None:
+    for pid in pids_in(line)[:1]:
+        os.kill(pid, signal.SIGTERM)
 
 
 def wait_until_gone(pids: list[int], seconds: float = 5) -> bool:
@@ -124,7 +133,7 @@ def test_leaving_the_call_kills_the_child_and_its_children(tmp_path: Path, error
     pids: list[int] = []
 
     def cancel(line: str) -> None:
-        pids.extend(map(int, line.split()[1:]))
+        pids.extend(pids_in(line))
         raise error
 
     with pytest.raises(error):
@@ -133,23 +142,15 @@ def test_leaving_the_call_kills_the_child_and_its_children(tmp_path: Path, error
     assert wait_until_gone(pids)
 
 
-def terminate_child(line: str) -> None:
-    if line.startswith("pid"):
-        os.kill(int(line.split()[1]), signal.SIGTERM)
-
-
 def test_a_child_that_is_asked_to_stop_says_where_it_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(ChildStopped, match="^stopped after step 3$"):
+    with pytest.raises(ChildStopped, match=r"^stopped after step 3$"):
         run_child("saves", {}, folder=tmp_path, on_log=terminate_child)
     assert (tmp_path / "saved").exists()
 
 
 def test_a_child_with_nothing_to_save_stops_when_asked(tmp_path: Path) -> None:
-    def terminate(line: str) -> None:
-        os.kill(int(line.split()[1]), signal.SIGTERM)
-
     with pytest.raises(ChildStopped, match="run it again"):
-        run_child("hangs", {}, folder=tmp_path, on_log=terminate)
+        run_child("hangs", {}, folder=tmp_path, on_log=terminate_child)
 
 
 def test_an_earlier_stop_is_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_parent_that_is_asked_to_leave_lets_the_child_save(tmp_path: Path) -> 
 
     def leave(line: str) -> None:
         lines.append(line)
-        if line.startswith("pid"):
+        if line.startswith("pids"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -186,7 +187,7 @@ def test_a_child_that_does_not_stop_is_killed_in_the_end(tmp_path: Path, monkeyp
     pids: list[int] = []
 
     def leave(line: str) -> None:
-        pids.append(int(line.split()[1]))
+        pids.extend(pids_in(line))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +202,7 @@ def test_a_terminated_parent_lets_the_child_save_and_ends(tmp_path: Path) -> Non
     )
     parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
     assert parent.stdout is not None
-    assert parent.stdout.readline().startswith("pid")
+    assert parent.stdout.readline().startswith("pids")
     parent.terminate()
     said, _ = parent.communicate(timeout=20)
     assert said.splitlines() == ["saved", "stopped after step 3"]
