@@ -91,6 +91,8 @@ def run_child(
         pass_fds=gpu.locks,
     )
 
+    threading.Thread(target=_end_group_of, args=[process], daemon=True).start()
+
     def follow() -> None:
         assert process.stdout is not None
         for line in process.stdout:
@@ -148,6 +150,15 @@ def _stop(process: "subprocess.Popen[str]", follow: Callable[[], None]) -> None:
         follow()
     finally:
         late.cancel()
+
+
+def _end_group_of(process: "subprocess.Popen[str]") -> None:
+    """Wait for the child and kill what it leaves behind: that could hold its output open, and the parent reads on."""
+    try:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number stays its own
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ChildProcessError, ProcessLookupError):
+        pass
 
 
 def _kill_group(process: "subprocess.Popen[str]") -> None:
