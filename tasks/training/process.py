@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,24 +74,9 @@ def run_child(
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for outcome in (RESULT, STOPPED):
         (folder / outcome).unlink(missing_ok=True)
-    command = [sys.executable, "-m", __name__, module, str(folder), str(os.getpid())]
-    root = str(Path(tasks.__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     started = time.monotonic()
     last: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,  # its own pipe: an orphan must not keep the parent's output open
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpu.environment},
-        start_new_session=True,
-        pass_fds=gpu.locks,
-    )
-
-    threading.Thread(target=_end_group_of, args=[process], daemon=True).start()
+    process = _start(module, folder, gpu)
 
     def follow() -> None:
         assert process.stdout is not None
@@ -114,6 +99,9 @@ def run_child(
         raise
     finally:
         _kill_group(process)
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
     if (folder / STOPPED).exists():
         raise ChildStopped(json.loads((folder / STOPPED).read_text()))
     if process.returncode != 0 or not (folder / RESULT).exists():
@@ -122,6 +110,24 @@ def run_child(
         raise ChildFailed(f"{module} {how} after {time.monotonic() - started:.0f} s. Last lines:\n{lines}")
     result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     return result
+
+
+def _start(module: str, folder: Path, gpu: Reservation) -> "subprocess.Popen[str]":
+    root = str(Path(tasks.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, module, str(folder), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its own pipe: an orphan must not keep the parent's output open
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpu.environment},
+        start_new_session=True,
+        pass_fds=gpu.locks,
+    )
+    threading.Thread(target=_end_group_of, args=[process], daemon=True).start()
+    return process
 
 
 @contextmanager
@@ -154,23 +160,15 @@ def _stop(process: "subprocess.Popen[str]", follow: Callable[[], None]) -> None:
 
 def _end_group_of(process: "subprocess.Popen[str]") -> None:
     """Wait for the child and kill what it leaves behind: that could hold its output open, and the parent reads on."""
-    try:
+    with suppress(ChildProcessError):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number stays its own
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ChildProcessError, ProcessLookupError):
-        pass
+        _kill_group(process)
 
 
 def _kill_group(process: "subprocess.Popen[str]") -> None:
     """Kill the child and its children, even those it left behind. What it was writing appears whole or not at all."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 def _describe_exit(code: int) -> str:
