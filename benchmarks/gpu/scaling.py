@@ -24,9 +24,10 @@ from benchmarks.record import record
 from storage.warehouse import Warehouse
 from tasks.training import distributed
 from tasks.training import model as models
-from tasks.training.child import peak_memory, train_model
+from tasks.training.child import train_model
 from tasks.training.dataset import read_examples, write_examples
 from tasks.training.gpu import reserved_gpus, visible_gpus
+from tasks.training.metrics import peak_memory
 from tasks.training.process import run_child
 from tasks.training.recipe import Recipe
 
@@ -50,7 +51,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     model = models.add_lora(base, recipe, base_model="random")
     measure_memory_from_second_step(model, distributed.passes_per_process(recipe))
     train_model(model, processor, read_examples(Path(config["examples"])), recipe, placement, folder)
-    memory = distributed.of_all(peak_memory(placement))
+    memory = distributed.of_all(peak_memory())
     distributed.leave()
     return {"memory": memory, "device": str(placement)}
 

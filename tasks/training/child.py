@@ -3,13 +3,10 @@
 It needs no warehouse: the examples come as a file, the results go into the folder it is given.
 """
 
-import json
 import logging
 import math
 import os
-import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,44 +14,37 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProcessorMixin,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, set_seed
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.fingerprint import fingerprint
 from tasks.training import distributed
 from tasks.training import model as models
-from tasks.training.collate import CompletionCollator
-from tasks.training.conversations import ConversationCollator, check_loss, make_collator
+from tasks.training.checkpoints import MarkComplete, checkpoints_folder, last_complete_checkpoint
+from tasks.training.child_side import Stopped
+from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
+from tasks.training.divergence import Diverged, remember, versions
+from tasks.training.interruption import StopWhenAsked
+from tasks.training.metrics import KeepMetrics, peak_memory, read_metrics
 from tasks.training.order import Order
+from tasks.training.out_of_memory import OUT_OF_MEMORY, REMEDY, OutOfMemory, Pieces, is_out_of_memory
 from tasks.training.ranks import is_first, world_size
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
+from tasks.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 CHECKED_ROWS = 8
-PROGRESS_SECONDS = 5.0
-COMPLETE = "complete"
-METRICS = "metrics.jsonl"
 
 
 def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Train, going on from the last complete checkpoint in `folder` if there is one.
 
     `config` holds recipe, model (folder), examples (file) and parent_adapter (folder or null). Leaves `adapter/` and
-    `metrics.jsonl` in `folder`; returns what the run's record needs. Several processes share the training when the
-    environment says so (see `distributed`); the first of them writes.
+    what `train_model` does in `folder`; returns what the run's record needs. Raises what `train_model` does. Several
+    processes share the training when the environment says so (see `distributed`); the first of them writes.
     """
     recipe = Recipe.model_validate(config["recipe"])
     placement = models.place(recipe)
@@ -64,41 +54,12 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     model = _adapted(base, recipe, config["parent_adapter"])
     lora_weights = _trainable(model)
     log.info("LoRA on %d linear layers, %.2f M weights", len(models.lora_names(model)), lora_weights / 1e6)
-    train_model(model, processor, read_examples(Path(config["examples"])), recipe, placement, folder)
+    examples = read_examples(Path(config["examples"]))
+    train_model(model, processor, examples, recipe, placement, folder)
     _save(model, folder / "adapter")
-    memory = distributed.of_all(peak_memory(placement))
+    memory = distributed.of_all(peak_memory())
     distributed.leave()
     return _result(model, processor, placement, folder, memory) | {"lora_weights": lora_weights}
-
-
-def train_model(
-    model: PeftModel,
-    processor: ProcessorMixin,
-    examples: Dataset,
-    recipe: Recipe,
-    placement: models.Placement,
-    folder: Path,
-) -> None:
-    """Train `model` in place, going on from the last complete checkpoint in `folder` if there is one.
-
-    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves checkpoints and `metrics.jsonl` in
-    `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not.
-    """
-    base = model.get_base_model()
-    assert isinstance(base, PreTrainedModel)
-    collator = make_collator(processor, examples, stop_ids(base))
-    check_loss(collator, islice(examples, CHECKED_ROWS))
-    trainer = _trainer(model, processor, collator, examples, recipe, placement, folder)
-    distributed.prepare(trainer, recipe)
-    checkpoint = last_complete_checkpoint(checkpoints_folder(folder, recipe))
-    if checkpoint:
-        log.info("going on from %s", checkpoint.name)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-
-def peak_memory(placement: models.Placement) -> int | None:
-    """Return the most GPU memory this process has held at once, bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated(placement.device) if placement.device.type == "cuda" else None
 
 
 def _save(model: PeftModel, folder: Path) -> None:
@@ -108,44 +69,73 @@ def _save(model: PeftModel, folder: Path) -> None:
         (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
 
 
-def checkpoints_folder(folder: Path, recipe: Recipe) -> Path:
-    """Return where checkpoints go: those of a sharded model are of another form, which only such a training reads."""
-    return folder / ("checkpoints" if recipe.sharding == "none" else f"checkpoints-{recipe.sharding}")
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose last file was written, or None. What a kill left half-written is ignored."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
-    if parent_adapter is None:
-        return models.add_lora(base, recipe, base_model=recipe.base_model)
-    log.info("starting from the parent run's adapter")
-    return models.load_adapter(base, parent_adapter, trainable=True)
-
-
-def _trainable(model: PeftModel) -> int:
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-
-
-def _trainer(
-    model: PeftModel,
+def train_model(
+    model: PeftModel | PreTrainedModel,
     processor: ProcessorMixin,
-    collator: CompletionCollator | ConversationCollator,
     examples: Dataset,
     recipe: Recipe,
     placement: models.Placement,
     folder: Path,
-) -> SFTTrainer:
-    base = model.get_base_model()
+) -> None:
+    """Train `model` in place, going on from the last complete checkpoint in `folder` if there is one.
+
+    `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`. Leaves `checkpoints/`, `metrics.jsonl` and
+    `tensorboard/` in `folder`. Raises `LossMaskError` before the first step if the loss would cover what it should not,
+    `OutOfMemory` if a single sample does not fit, `Diverged` at a loss that is not finite, and `Stopped` when SIGTERM
+    ended it early, with a checkpoint.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
+    collator = make_collator(processor, examples, stop_ids(base))
+    check_loss(collator, islice(examples, CHECKED_ROWS))
+    per_step = recipe.batch_size * recipe.accumulation
+    order = Order(len(examples), steps=count_steps(len(examples), recipe), per_step=per_step, seed=recipe.seed)
+    stop = StopWhenAsked()
+    trainer = Trainer(
+        model=model,
+        args=_arguments(base, len(examples), recipe, placement, folder),
+        train_dataset=examples,
+        processing_class=processor,
+        collator=collator,
+        order=order,
+        pieces=Pieces(folder / OUT_OF_MEMORY, device=str(placement)),
+        callbacks=[KeepMetrics(folder, passes=len(order) / len(examples)), stop, MarkComplete()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    for weight in model.parameters():
+        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16
+            weight.data = weight.data.to(distributed.trained_dtype(recipe, placement.dtype))
+    distributed.prepare(trainer, recipe)
+    with stop.listening():
+        _train(trainer, folder, recipe)
+    done, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.asked and done < steps:
+        raise Stopped(f"stopped after step {done} of {steps}; it goes on from there when it is run again")
+
+
+def _train(trainer: Trainer, folder: Path, recipe: Recipe) -> None:
+    checkpoint = last_complete_checkpoint(checkpoints_folder(folder, recipe))
+    if checkpoint:
+        log.info("going on from %s", checkpoint.name)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Diverged as error:
+        remember(error, folder)
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory outside the forward and backward pass: {error}. {REMEDY}") from None
+
+
+def _arguments(
+    model: PreTrainedModel, examples: int, recipe: Recipe, placement: models.Placement, folder: Path
+) -> SFTConfig:
     on_gpu = placement.device.type == "cuda"
     per_step = recipe.batch_size * recipe.accumulation
-    steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * len(examples) / per_step))
-    log.info("%d examples, %d steps of %d", len(examples), steps, per_step)
-    args = SFTConfig(
+    steps = count_steps(examples, recipe)
+    log.info("%d examples, %d steps of %d", examples, steps, per_step)
+    return SFTConfig(
         output_dir=str(checkpoints_folder(folder, recipe)),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=distributed.passes_per_process(recipe),
@@ -166,99 +156,36 @@ def _trainer(
         save_steps=recipe.save_steps,
         save_total_limit=2,  # the newest may be half-written when the process is killed
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log the last finite loss in place of one that is not
         report_to="none",
         disable_tqdm=True,
-        **distributed.trainer_arguments(recipe, base),
+        **distributed.trainer_arguments(recipe, model),
     )
-    trainer = _Trainer(
-        model=model,
-        args=args,
-        train_dataset=examples,
-        processing_class=processor,
-        data_collator=collator,
-        callbacks=[_Progress(folder / METRICS, per_pass=per_step / len(examples))],
-    )
-    trainer.order = Order(len(examples), steps=steps, per_step=per_step, seed=recipe.seed)
-    trainer.remove_callback(PrinterCallback)
-    for weight in model.parameters():
-        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16
-            weight.data = weight.data.to(distributed.trained_dtype(recipe, placement.dtype))
-    return trainer
 
 
-class _Trainer(SFTTrainer):
-    """TRL's trainer, seeing the samples in our order."""
-
-    order: Order
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Order:
-        return self.order
+def count_steps(examples: int, recipe: Recipe) -> int:
+    """Return the optimizer steps that the recipe asks for with so many examples."""
+    passes = recipe.epochs * examples / (recipe.batch_size * recipe.accumulation)
+    return recipe.max_steps or max(1, math.ceil(passes))
 
 
-class _Progress(TrainerCallback):
-    """Writes a line of metrics for every step, prints one now and then, and marks checkpoints that are whole.
+def _adapted(base: PreTrainedModel, recipe: Recipe, parent_adapter: str | None) -> PeftModel:
+    if parent_adapter is None:
+        return models.add_lora(base, recipe, base_model=recipe.base_model)
+    log.info("starting from the parent run's adapter")
+    return models.load_adapter(base, parent_adapter, trainable=True)
 
-    `per_pass` is the share of a pass over the samples that one step makes.
-    """
 
-    def __init__(self, metrics: Path, *, per_pass: float) -> None:
-        self.metrics, self.per_pass = metrics, per_pass
-        self.printed = self.last = time.monotonic()
-        self.tokens = 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.last = time.monotonic()
-        if not state.is_world_process_zero:
-            return
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        self.metrics.write_text("".join(f"{line}\n" for line in lines[: state.global_step]))  # the rest comes again
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
-            return
-        now = time.monotonic()
-        line = {
-            "step": state.global_step,
-            "epoch": state.global_step * self.per_pass,
-            "loss": logs["loss"],
-            "token_accuracy": logs["mean_token_accuracy"],
-            "entropy": logs["entropy"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": int(logs["num_tokens"]) - self.tokens,
-            "seconds": now - self.last,
-        }
-        self.last, self.tokens = now, int(logs["num_tokens"])
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if now - self.printed >= PROGRESS_SECONDS or state.global_step in (1, state.max_steps):
-            self.printed = now
-            log.info(
-                "step %d of %d: loss %.4f, token accuracy %.3f, %.0f tokens/s",
-                *(line["step"], state.max_steps, line["loss"], line["token_accuracy"]),
-                line["tokens"] / line["seconds"],
-            )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert args.output_dir is not None
-        distributed.wait_for_all()  # each has written its part
-        if state.is_world_process_zero:
-            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+def _trainable(model: PeftModel) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def _result(
-    model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path, memory: list[int | None]
+    model: PeftModel, processor: ProcessorMixin, placement: models.Placement, folder: Path, memory: list[int]
 ) -> dict[str, Any]:
     if not is_first():
         return {}
-    steps = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    steps = read_metrics(folder)
     tail = steps[-10:]
     four_bit = sum(map(models.is_four_bit, models.linear_names(model).values()))
     return {
@@ -266,12 +193,14 @@ def _result(
         "train_loss": sum(step["loss"] for step in tail) / len(tail),
         "tokens": sum(step["tokens"] for step in steps),
         "seconds": sum(step["seconds"] for step in steps),
+        "input_wait_seconds": sum(step["input_wait_seconds"] for step in steps),
         "device": str(placement),
         "processes": len(memory),
-        "peak_memory_bytes": max(filter(None, memory), default=None),
+        "peak_memory_bytes": max(memory),
         "peak_memory_bytes_by_rank": memory,
+        "out_of_memory": Pieces(folder / OUT_OF_MEMORY, device=str(placement)).events,
         "lora_layers": len(models.lora_names(model)),
         "four_bit_layers": four_bit,
         "chat_template_fingerprint": fingerprint(processor.chat_template),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "versions": versions(),
     }

@@ -18,6 +18,7 @@ from typing import Self
 POLL_SECONDS = 0.2
 # When one process is killed the others fail for want of it: how long to wait for what else happened.
 LAST_WORDS_SECONDS = 1.0
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[str]] = []
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._failure: Failure | None = None
+        self._late: threading.Timer | None = None
         port = free_port() if processes > 1 else 0
         try:
             for rank in range(processes):
@@ -76,6 +78,7 @@ class Ranks:
         prefix = f"rank {len(self._processes)}: " if self._processes else ""
         self._processes.append(process)
         threading.Thread(target=self._read, args=(process, prefix), daemon=True).start()
+        threading.Thread(target=_end_group_of, args=(process,), daemon=True).start()
 
     def _read(self, process: "subprocess.Popen[str]", prefix: str) -> None:
         assert process.stdout is not None
@@ -111,11 +114,20 @@ class Ranks:
         self._stop_if_failed()
         return self._failure
 
-    def kill(self) -> None:
-        """Kill what is left of the group. Nothing is lost by not asking first: what it writes appears whole or not."""
+    def terminate(self, *, kill_after: float) -> None:
+        """Ask all to end, and kill those that are left after so many seconds; `lines` tells what they still say."""
         for process in self._processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
+        self._late = threading.Timer(kill_after, lambda: [_kill_group(process) for process in self._processes])
+        self._late.daemon = True
+        self._late.start()
+
+    def kill(self) -> None:
+        """Kill what is left of the group."""
+        if self._late:
+            self._late.cancel()
+        for process in self._processes:
+            _kill_group(process)
         for process in self._processes:
             process.wait()
 
@@ -130,7 +142,21 @@ class Ranks:
     def _failures(self) -> list[Failure]:
         codes = [process.poll() for process in self._processes]
         several = len(codes) > 1
-        return [Failure(rank if several else None, code) for rank, code in enumerate(codes) if code]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)]
+        return [Failure(rank if several else None, code) for rank, code in failed]
+
+
+def _end_group_of(process: "subprocess.Popen[str]") -> None:
+    """Wait for a process and kill what it leaves behind: that could hold its output open, and the parent reads on."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number stays its own
+        _kill_group(process)
+
+
+def _kill_group(process: "subprocess.Popen[str]") -> None:
+    """Kill a process and its children, even those it left behind. What it was writing appears whole or not at all."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def world_size() -> int:

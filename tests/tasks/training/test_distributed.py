@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
-from tasks.training.child import CHECKED_ROWS, COMPLETE
+from tasks.training.checkpoints import COMPLETE
+from tasks.training.child import CHECKED_ROWS
 from tasks.training.dataset import write_examples
 from tasks.training.distributed import check_sharded, passes_per_process, trainer_arguments, zero3_config
 from tasks.training.fit import train
