@@ -78,7 +78,7 @@ class Ranks:
         prefix = f"rank {len(self._processes)}: " if self._processes else ""
         self._processes.append(process)
         threading.Thread(target=self._read, args=(process, prefix), daemon=True).start()
-        threading.Thread(target=_end_group_of, args=(process,), daemon=True).start()
+        threading.Thread(target=_reap, args=(process,), daemon=True).start()
 
     def _read(self, process: "subprocess.Popen[str]", prefix: str) -> None:
         assert process.stdout is not None
@@ -117,8 +117,10 @@ class Ranks:
     def terminate(self, *, kill_after: float) -> None:
         """Ask all to end, and kill those that are left after so many seconds; `lines` tells what they still say."""
         for process in self._processes:
-            process.terminate()
-        self._late = threading.Timer(kill_after, lambda: [_kill_group(process) for process in self._processes])
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGTERM)
+        self._late = threading.Timer(kill_after, self._kill_groups)
         self._late.daemon = True
         self._late.start()
 
@@ -126,37 +128,42 @@ class Ranks:
         """Kill what is left of the group."""
         if self._late:
             self._late.cancel()
-        for process in self._processes:
-            _kill_group(process)
+        self._kill_groups()
         for process in self._processes:
             process.wait()
+
+    def _kill_groups(self) -> None:
+        for process in self._processes:
+            _kill_group(process)
 
     def _stop_if_failed(self) -> None:
         if self._failure or not self._failures():
             return
-        if any(process.poll() is None for process in self._processes):
+        if any(process.returncode is None for process in self._processes):
             time.sleep(LAST_WORDS_SECONDS)
         self._failure = max(self._failures(), key=lambda failure: failure.killed)
         self.kill()
 
     def _failures(self) -> list[Failure]:
-        codes = [process.poll() for process in self._processes]
+        codes = [process.returncode for process in self._processes]  # `_reap` sets them
         several = len(codes) > 1
         failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)]
         return [Failure(rank if several else None, code) for rank, code in failed]
 
 
-def _end_group_of(process: "subprocess.Popen[str]") -> None:
+def _reap(process: "subprocess.Popen[str]") -> None:
     """Wait for a process and kill what it leaves behind: that could hold its output open, and the parent reads on."""
     with suppress(ChildProcessError):
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped yet, so that its number stays its own
         _kill_group(process)
+    process.wait()
 
 
 def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill a process and its children, even those it left behind. What it was writing appears whole or not at all."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and its children. What it was writing appears whole or not at all."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def world_size() -> int:

@@ -20,7 +20,7 @@ from tasks.training.out_of_memory import REMEDY, Batch, CutCollator, Inputs, Out
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer that sees samples in our `order`, computes each batch in `pieces`, and logs what its user watches beside the loss.
+    """SFTTrainer that takes samples in `order`, computes batches in `pieces`, and logs what its user watches.
 
     The loss is the mean over the supervised tokens of a step's samples, so neither accumulation nor cutting changes
     it. When memory runs out, the step under way is done again from its start with batches in twice as many pieces.

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tasks.training.process import ChildFailed, run_child
+from tasks.training.process import STOPPED, ChildFailed, ChildStopped, run_child
 from tests.tasks.training.test_process import wait_until_gone
 
 CHILDREN = {
@@ -46,6 +47,12 @@ import os
 def run(config, folder):
     (folder / f"tried-{os.getpid()}").touch()
     raise ValueError("always")
+""",
+    "stops": """
+import time
+def run(config, folder):
+    print("up", flush=True)
+    time.sleep(600)
 """,
     "hangs": """
 import os, subprocess, sys, time
@@ -146,6 +153,29 @@ def test_all_die_with_a_killed_parent(tmp_path: Path) -> None:
         parent.stdout.close()
         for grandchild in (left, over):
             os.kill(grandchild, signal.SIGKILL)
+
+
+def test_all_are_asked_to_stop_before_they_are_killed(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def leave(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child("stops", {}, folder=tmp_path, on_log=leave, processes=2)
+    assert sorted(lines[:2]) == ["rank 1: up", "up"]
+    assert (tmp_path / STOPPED).exists()
+
+
+def test_one_that_is_asked_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        for child in psutil.Process().children():
+            child.terminate()
+
+    with pytest.raises(ChildStopped, match="stopped; run it again to go on"):
+        run_child("stops", {}, folder=tmp_path, on_log=stop, processes=2, restarts=3)
 
 
 def test_only_the_first_process_leaves_a_result(tmp_path: Path) -> None:
