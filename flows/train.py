@@ -8,6 +8,7 @@ from prefect.events import emit_event
 from pydantic import ConfigDict, Field, create_model
 
 from flows.curate import Name
+from flows.progress import LiveProgress
 from flows.steps import step, taken
 from storage.catalog import write_catalog
 from storage.refs import Outcome, RunRef, SnapshotRef
@@ -63,6 +64,7 @@ def fit(snapshot: SnapshotRef, recipe: Recipe, *, parent_run: str | None, wareho
         warehouse=warehouse,
         parent_run=RunRef(parent_run) if parent_run else None,
         on_log=get_run_logger().info,
+        on_progress=LiveProgress(snapshot),
     )
     write_catalog(warehouse)
     if not outcome.cached:

@@ -207,6 +207,11 @@ class RunRef:
         return f"{self.folder}/adapter"
 
     @property
+    def event_files(self) -> str:
+        """Folder of the training's metrics for TensorBoard."""
+        return f"{self.folder}/tensorboard"
+
+    @property
     def table(self) -> str:
         """One-row Parquet table of the `runs` view, written last: it exists when the run finished."""
         return f"{self.folder}/run.parquet"

@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -31,7 +32,7 @@ from storage.warehouse import Warehouse
 from tasks.training import model as models
 from tasks.training.child import train_model
 from tasks.training.dataset import read_examples, write_examples
-from tasks.training.metrics import METRICS, WriteMetrics
+from tasks.training.metrics import METRICS
 from tasks.training.recipe import Recipe
 
 WARM_UP_STEPS = 4
@@ -107,9 +108,34 @@ def train_trl(model: PreTrainedModel, processor: Any, rows: Any, recipe: Recipe,
         train_dataset=rows,
         processing_class=processor,
         peft_config=LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"),
-        callbacks=[WriteMetrics(folder / METRICS)],
+        callbacks=[KeepSpeed(folder / METRICS)],
     )
     trainer.train()
+
+
+class KeepSpeed(TrainerCallback):
+    """Writes the metrics that `figures` reads, for a trainer that does not do so by itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens, self.last = 0, time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the step's line."""
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.monotonic(), int(logs["num_tokens"])
+        line = {"loss": logs["loss"], "tokens": tokens - self.tokens, "seconds": now - self.last}
+        self.tokens, self.last = tokens, now
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def measure(name: str, folder: Path, *, on_tiny: bool) -> dict[str, Any]:

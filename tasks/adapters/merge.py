@@ -18,7 +18,7 @@ from storage.warehouse import Warehouse
 from tasks.training.base_model import find_base_model
 from tasks.training.dataset import Examples
 from tasks.training.documents import write_rows
-from tasks.training.gpu import reserved_gpu
+from tasks.training.gpu import reserved_gpus
 from tasks.training.process import run_child
 from tasks.training.recipe import RecipeError
 from tasks.training.run import FinishedRun, read_run
@@ -56,8 +56,8 @@ def merge(run: RunRef, *, warehouse: Warehouse, on_log: Callable[[str], None] | 
             "examples": str(_held_out(finished, warehouse, folder / "examples.arrow").path),
             "limit": COMPARED_EXAMPLES,
         }
-        gpu = stack.enter_context(reserved_gpu(on_log))
-        result = run_child("tasks.adapters.child", config, folder=folder, on_log=on_log, gpu=gpu)
+        gpus = stack.enter_context(reserved_gpus(on_log))
+        result = run_child("tasks.adapters.child", config, folder=folder, on_log=on_log, gpus=gpus)
         warehouse.create_folder(merged.model, folder / "model")
     on_log(
         f"merged: KL {result['kl_per_token']:.2e} nats per token, largest logit difference "

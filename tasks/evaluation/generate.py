@@ -20,7 +20,7 @@ from storage.warehouse import Warehouse
 from tasks.evaluation.metrics import is_exact_match, wilson_interval
 from tasks.training.base_model import BaseModel, find_base_model
 from tasks.training.dataset import write_examples
-from tasks.training.gpu import reserved_gpu
+from tasks.training.gpu import reserved_gpus
 from tasks.training.process import run_child
 from tasks.training.recipe import Recipe
 from tasks.training.run import read_run
@@ -133,8 +133,8 @@ def _answer(
             "examples": str(examples.path),
             "limit": limit,
         }
-        gpu = stack.enter_context(reserved_gpu(on_log))
-        run_child("tasks.evaluation.child", config, folder=folder, on_log=on_log, gpu=gpu)
+        gpus = stack.enter_context(reserved_gpus(on_log))
+        run_child("tasks.evaluation.child", config, folder=folder, on_log=on_log, gpus=gpus)
         answers = pq.read_table(folder / "answers.parquet")
     pairs = zip(answers["answer"].to_pylist(), answers["expected"].to_pylist(), strict=True)
     correct = pa.array([is_exact_match(answer, expected) for answer, expected in pairs], pa.bool_())

@@ -6,16 +6,13 @@ Little is then spent on padding, every batch takes about the same time and memor
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import seed_worker
-from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.training.collate import IGNORED
 from tasks.training.lengths import count_tokens
@@ -134,46 +131,12 @@ def make_batches(
     return batches
 
 
-class BatchedTrainer(SFTTrainer):
-    """TRL's trainer on batches of uneven size; `batches` None leaves them to transformers.
-
-    A resumed training goes on with the batch after its checkpoint's last. The loss is the mean over the supervised
-    tokens of all batches of a step, whatever their sizes.
-    """
-
-    def __init__(self, *args: Any, batches: TokenBatches | None = None, **kwargs: Any) -> None:
-        self.batches = batches
-        super().__init__(*args, **kwargs)
-        if batches is not None:
-            self.model_accepts_loss_kwargs = True  # so that the step's supervised tokens are counted and divided by
-            self.add_callback(_Epochs(batches))
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the loader of this process's share of the batches."""
-        if self.batches is None:
-            loader: DataLoader[Any] = super().get_train_dataloader()
-            return loader
-        workers = self.args.dataloader_num_workers
-        assert self.train_dataset is not None
-        plain = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=workers, rank=self.args.process_index),
-        )
-        prepared: DataLoader[Any] = self.accelerator.prepare(plain)
-        return prepared
-
-
-class _Epochs(TrainerCallback):
+class StartEpochs(TrainerCallback):
     """Tells the batches which epoch begins: accelerate does not in an epoch resumed by several processes."""
 
     def __init__(self, batches: TokenBatches) -> None:
         self.batches = batches
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Tell them."""
         self.batches.start_epoch(int(state.epoch or 0))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from tasks.training.model import decoder_name
+from tasks.training.families import decoder_name
 from tasks.training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)
@@ -121,13 +121,13 @@ class _Pooled:
 
 
 def with_features(
-    collator: Collator, model: PeftModel, rows: Any, recipe: Recipe, *, epochs: float, folder: Path
+    collator: Collator, model: PeftModel | PreTrainedModel, rows: Any, recipe: Recipe, *, epochs: float, folder: Path
 ) -> Collator:
     """Return `collator`, giving features in place of images if the recipe wants that and the model allows it.
 
     From then on `model` takes such batches. Says in the log what was decided, and why.
     """
-    base: Any = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     outside = [w for name, w in base.named_parameters() if not name.startswith(decoder_name(base) + ".")]
     if any(weight.requires_grad for weight in outside):
         if recipe.cache_vision_features:

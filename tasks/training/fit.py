@@ -26,35 +26,43 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.training.base_model import BaseModel, find_base_model
 from tasks.training.dataset import Examples
+from tasks.training.divergence import recall
 from tasks.training.documents import write_rows
-from tasks.training.gpu import reserved_gpu
-from tasks.training.process import RESULT, ChildFailed, run_child
+from tasks.training.gpu import reserved_gpus
+from tasks.training.process import RESULT, ChildFailed, ChildStopped, run_child
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.run import FinishedRun, read_run
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 3
 VALIDATION = "validation.arrow"
 
 METRICS = pa.schema(
     [
         column("step", pa.int64(), "optimizer step, from 1"),
         column("epoch", pa.float64(), "passes over the training split"),
-        column("loss", pa.float64(), "mean over the step's samples, nats per supervised token"),
+        column("loss", pa.float64(), "mean over the step's supervised tokens, nats"),
         column("token_accuracy", pa.float64(), "share of supervised tokens that were the most likely one, 0–1"),
         column("entropy", pa.float64(), "mean entropy of the predicted tokens, nats"),
         column("learning_rate", pa.float64(), "learning rate of the step"),
         column("grad_norm", pa.float64(), "L2 norm of the gradients before clipping"),
+        column("samples", pa.int64(), "samples of the step"),
         column("tokens", pa.int64(), "tokens of the step, prompts and images included"),
+        column("micro_batch", pa.int64(), "most samples in one forward pass of one process"),
         column("seconds", pa.float64(), "wall time of the step, s"),
+        column("input_wait_seconds", pa.float64(), "time of the step spent waiting for its batches, s"),
+        column("peak_memory_bytes", pa.int64(), "most memory of tensors until then; without GPU, of the process"),
     ]
 )
 
 
-# What a run's adapter does not depend on: the base model counts by its content, not by what it is called.
-_NOT_TRAINED = {"base_model", "allow_high_learning_rate", "max_new_tokens", "answer_batch_size"}
+# How often a training on several GPUs goes on by itself after one of its processes was killed.
+RESTARTS = 3
 
+# What a run's adapter does not depend on: the base model counts by its content, not by what it is called; GPUs share
+# the samples of a step without changing them.
+_NOT_TRAINED = {"base_model", "gpus", "sharding", "allow_high_learning_rate", "max_new_tokens", "answer_batch_size"}
 
 # What an adapter's matrices are shaped and scaled by.
 _LORA = (
@@ -67,6 +75,31 @@ class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
     """The training process ended without an adapter; the message holds its last lines."""
 
 
+class TrainingDiverged(TrainingFailed, ValueError):  # noqa: N818 - says what happened
+    """A loss was not finite, and would not be again; the message names the step and its samples."""
+
+
+class TrainingStopped(TrainingFailed):
+    """The training process was asked to stop; the message says from which step it goes on when it is run again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: its last step, and rates since the last time. Memory as in `METRICS`; wait is a share, 0-1."""
+
+    run_id: str
+    step: int
+    steps: int
+    loss: float
+    token_accuracy: float
+    learning_rate: float
+    tokens_per_second: float
+    samples_per_second: float
+    input_wait_share: float
+    peak_memory_bytes: int
+    seconds_left: float
+
+
 def train(
     snapshot: SnapshotRef,
     recipe: Recipe,
@@ -74,32 +107,45 @@ def train(
     warehouse: Warehouse,
     parent_run: RunRef | None = None,
     on_log: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Outcome[RunRef]:
     """Train an adapter on the snapshot's train split, starting from `parent_run`'s adapter if given.
 
-    Each line of the training's log goes to `on_log`. Returns the cached run if all it depends on is unchanged. A
-    killed training goes on from its last checkpoint when it is called again. Raises `RecipeError`, `MissingBaseModel`
-    or `TrainingFailed`.
+    Each line of the training's log goes to `on_log`, and every few seconds how far it is to `on_progress`. Returns the
+    cached run if all it depends on is unchanged. A training that was killed or stopped goes on from its last
+    checkpoint when it is called again. Raises `RecipeError`, `MissingBaseModel` or `TrainingFailed`: as
+    `TrainingStopped` when SIGTERM ended the training process, and as `TrainingDiverged` when the loss was not finite,
+    now or in an earlier call that this one would only repeat.
     """
-    on_log = on_log or log.info
+    watch = _Watch(on_log or log.info, on_progress or (lambda _: None))
     plan = _Plan.make(snapshot, recipe, parent_run, warehouse)
     run = plan.run
     if warehouse.exists(run.table):
         return Outcome(run, cached=True)
     if parent_run:
         _check_parent(read_run(parent_run, warehouse), recipe, plan.base)
-    with _scratch(run, warehouse, on_log) as scratch:
+    with _scratch(run, warehouse, watch.on_log) as scratch:
         if warehouse.exists(run.table):  # another process finished it while this one waited
             return Outcome(run, cached=True)
         examples = write_rows(snapshot, recipe, split="train", warehouse=warehouse, path=scratch / "examples.arrow")
         if recipe.early_stop_patience:
             path = scratch / VALIDATION
             write_rows(snapshot, recipe, split="validation", warehouse=warehouse, path=path)
-        on_log(f"run {run.run_id}: {examples.rows} examples of {snapshot}; {examples.left_out} without text left out")
-        result = _train_in_child(plan, examples, warehouse=warehouse, scratch=scratch, on_log=on_log)
+        watch.on_log(
+            f"run {run.run_id}: {examples.rows} examples of {snapshot}; {examples.left_out} without text left out"
+        )
+        result = _train_in_child(plan, examples, warehouse=warehouse, scratch=scratch, watch=watch)
         _publish(plan, examples, result, warehouse=warehouse, scratch=scratch)
         shutil.rmtree(scratch, ignore_errors=True)
     return Outcome(run, cached=False)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who is told what goes on."""
+
+    on_log: Callable[[str], None]
+    on_progress: Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -163,14 +209,20 @@ def _work_folder(warehouse: Warehouse) -> Path:
 
 
 def _train_in_child(
-    plan: _Plan, examples: Examples, *, warehouse: Warehouse, scratch: Path, on_log: Callable[[str], None]
+    plan: _Plan, examples: Examples, *, warehouse: Warehouse, scratch: Path, watch: _Watch
 ) -> dict[str, Any]:
     if (scratch / RESULT).exists():  # an earlier attempt was killed after training, before all was published
         result: dict[str, Any] = json.loads((scratch / RESULT).read_text())
         return result
+    run_id = plan.run.run_id
+    if diverged := recall(scratch):
+        raise TrainingDiverged(
+            f"run {run_id}: {diverged} It ended so before, and was not tried again: samples, recipe and versions are "
+            f"the same. To train it anyway, delete {scratch}."
+        )
     with ExitStack() as stack:
         parent = stack.enter_context(warehouse.downloaded(plan.parent_run.adapter)) if plan.parent_run else None
-        gpu = stack.enter_context(reserved_gpu(on_log))
+        gpus = stack.enter_context(reserved_gpus(watch.on_log, plan.recipe.gpus))
         config = {
             "recipe": plan.recipe.model_dump(),
             "model": str(plan.base.folder),
@@ -179,9 +231,22 @@ def _train_in_child(
             "parent_adapter": str(parent) if parent else None,
         }
         try:
-            return run_child("tasks.training.child", config, folder=scratch, on_log=on_log, gpu=gpu)
+            return run_child(
+                "tasks.training.child",
+                config,
+                folder=scratch,
+                on_log=watch.on_log,
+                on_report=lambda report: watch.on_progress(Progress(run_id=run_id, **report)),
+                gpus=gpus,
+                processes=plan.recipe.gpus,
+                restarts=RESTARTS if plan.recipe.gpus > 1 else 0,
+            )
+        except ChildStopped as stopped:
+            raise TrainingStopped(f"run {run_id}: {stopped}") from None
         except ChildFailed as error:
-            raise TrainingFailed(f"run {plan.run.run_id}: {error}") from None
+            if diverged := recall(scratch):
+                raise TrainingDiverged(f"run {run_id}: {diverged}") from None
+            raise TrainingFailed(f"run {run_id}: {error}") from None
 
 
 def _publish(plan: _Plan, examples: Examples, result: dict[str, Any], *, warehouse: Warehouse, scratch: Path) -> None:
@@ -189,6 +254,7 @@ def _publish(plan: _Plan, examples: Examples, result: dict[str, Any], *, warehou
     run = plan.run
     warehouse.create_folder(run.adapter, scratch / "adapter")
     metrics_path = f"{run.folder}/metrics.parquet"
+    warehouse.create_folder(run.event_files, scratch / "tensorboard")
     lines = (scratch / "metrics.jsonl").read_text().splitlines()
     warehouse.write_table(metrics_path, pa.Table.from_pylist([json.loads(line) for line in lines], schema=METRICS))
     counts = {"examples": examples.rows, "left_out": examples.left_out, "steps": result["steps"]}

@@ -5,12 +5,12 @@ an ordinary model folder.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from tasks.training.families import ModelError, Part, missing_part, parts_of
@@ -41,11 +41,17 @@ def _names(model: PreTrainedModel, chosen: tuple[Part, ...]) -> set[str]:
     return {name for name, part in of.items() if part in wanted}
 
 
-def save_weights(model: nn.Module, folder: Path, *, parts: tuple[Part, ...], dtype: torch.dtype) -> None:
-    """Write the weights that have gradients, in `dtype`, as safetensors of at most 4 GB, and their parts' names."""
+def save_weights(
+    weights: Mapping[str, torch.Tensor], folder: Path, *, parts: tuple[Part, ...], dtype: torch.dtype
+) -> None:
+    """Write the trained weights, in `dtype`, as safetensors of at most 4 GB, and their parts' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {name: weight.detach().to(dtype) for name, weight in model.named_parameters() if weight.requires_grad}
-    save_torch_state_dict(trained, folder, filename_pattern=_PATTERN, max_shard_size="4GB")
+    save_torch_state_dict(
+        {name: weight.to(dtype) for name, weight in weights.items()},
+        folder,
+        filename_pattern=_PATTERN,
+        max_shard_size="4GB",
+    )
     (folder / PARTS).write_text(json.dumps(parts))
 
 

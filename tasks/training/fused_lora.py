@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState
-from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 _BLOCK, _NESTED_BLOCK = 64, 256
 
 
-def fuse_lora(model: PeftModel) -> int:
+def fuse_lora(model: nn.Module) -> int:
     """Let the LoRA linears of `model` that can be fused compute as one operation; return how many.
 
     Left as they are: layers with dropout, DoRA, a bias of their own or several adapters, and bases quantized other than

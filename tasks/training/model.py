@@ -23,6 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from tasks.training.distributed import whole_weights
 from tasks.training.experts import check_experts_fit
 from tasks.training.families import ModelError as ModelError
 from tasks.training.families import (
@@ -34,6 +35,7 @@ from tasks.training.families import (
     whole_modules,
 )
 from tasks.training.full import is_saved_in_full, load_weights, save_weights, train_in_full
+from tasks.training.ranks import is_first, local_rank, world_size
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.template import complete_template
 
@@ -42,11 +44,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is computed: device, dtype, and whether its language model's linears are held in 4 bits."""
+    """Where a model is computed: device, dtype, and whether its language model's linears are held in 4 bits.
+
+    Of a `sharded` model every process holds a part of each weight, for which 4-bit weights are packed into `dtype`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     four_bit: bool
+    sharded: bool = False
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -56,11 +62,16 @@ class Placement:
 def place(recipe: Recipe) -> Placement:
     """Resolve the recipe's `auto`s for this machine, and log what was chosen and why."""
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank())
     auto = "nf4" if on_gpu and recipe.method == "lora" else "none"
     four_bit = (auto if recipe.quantization == "auto" else recipe.quantization) == "nf4"
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
-        torch.device("cuda:0" if on_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32, four_bit
+        torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu"),
+        torch.bfloat16 if bf16 else torch.float32,
+        four_bit,
+        sharded=recipe.sharding != "none" and world_size() > 1,
     )
     log.info("device: %s", placement)
     if not on_gpu and recipe.quantization == "auto":
@@ -102,6 +113,7 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=placement.dtype,
+            bnb_4bit_quant_storage=placement.dtype if placement.sharded else torch.uint8,
             llm_int8_skip_modules=modules_beside_decoder(skeleton),
         )
     model = AutoModelForMultimodalLM.from_pretrained(
@@ -269,11 +281,17 @@ def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path 
 
 
 def save_trained(model: PeftModel | PreTrainedModel, folder: Path, recipe: Recipe, *, dtype: torch.dtype) -> None:
-    """Leave in `folder` what was trained, for `load_adapter`: PEFT's files, or in `dtype` what was trained in full."""
-    if not isinstance(model, PeftModel):
-        save_weights(model, folder, parts=recipe.full_parts, dtype=dtype)
+    """Leave in `folder` what was trained, for `load_adapter`: PEFT's files, or in `dtype` what was trained in full.
+
+    Of several processes all must call it; the first writes.
+    """
+    weights = whole_weights(model)
+    if not is_first():
         return
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    if not isinstance(model, PeftModel):
+        save_weights(weights, folder, parts=recipe.full_parts, dtype=dtype)
+        return
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more
 
 

@@ -1,6 +1,7 @@
 """Runs a step that needs torch in a child process, so that its memory is freed and a crash stays contained.
 
-The child never outlives its parent: it is killed with its whole group when the parent leaves, however it leaves.
+The child never outlives its parent: it is killed with its whole group when the parent leaves, however it leaves. Only
+where the parent is itself asked to leave does it ask the child first, and wait a while for what that wants to save.
 """
 
 import ctypes
@@ -9,19 +10,26 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tasks
+from tasks.training.child_side import REPORT, Stopped
 from tasks.training.gpu import NO_GPU, Reservation
+from tasks.training.ranks import EXIT_STOPPED, Failure, Ranks, is_first
 
 LAST_LINES = 30
 RESULT = "result.json"
+STOPPED = "stopped.json"
+STOP_SECONDS = 120.0
+"""How long children have to end when their parent is asked to leave; clouds give notice of 30 to 120 s."""
+
 _PR_SET_PDEATHSIG = 1
 
 # Models are found before a child starts, so it needs no network; and its log is lines that a reader can act on.
@@ -41,71 +49,97 @@ class ChildFailed(RuntimeError):  # noqa: N818 - says what happened
     """A child process ended without a result; the message holds how it ended and the last lines it printed."""
 
 
+class ChildStopped(ChildFailed):
+    """A child process was asked to stop and did, ready to go on when it is run again; the message says from where."""
+
+
 def run_child(
     module: str,
     config: Mapping[str, Any],
     *,
     folder: Path,
     on_log: Callable[[str], None],
-    gpu: Reservation = NO_GPU,
+    on_report: Callable[[dict[str, Any]], None] | None = None,
+    gpus: Reservation = NO_GPU,
+    processes: int = 1,
+    restarts: int = 0,
 ) -> dict[str, Any]:
-    """Run `module.run(config, folder)` in a new process and return its result, a JSON object.
+    """Run `module.run(config, folder)` in new processes and return the result of the first, a JSON object.
 
-    `config` must be JSON too. Each line the child prints goes to `on_log` as it comes. Whatever ends this call,
-    be it an exception of `on_log` or KeyboardInterrupt, the child and its own children are killed first. Raises
-    `ChildFailed`.
+    `config` must be JSON too. Several processes find each other as torch.distributed's `env://` does. If a signal
+    kills one, all are started again, `restarts` times at most. Each line they print goes to `on_log` as it comes, and
+    each of the first one's `report`s to `on_report`. Whatever ends this call, the processes and their own children are
+    killed first: at once if `on_log` or `on_report` fails, but if this process is asked to leave (SIGTERM,
+    KeyboardInterrupt, anything that is not an `Exception`), they are sent SIGTERM and have `STOP_SECONDS` to end by
+    themselves. Raises `ChildFailed`, or `ChildStopped` if they raised `Stopped`.
     """
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / RESULT).unlink(missing_ok=True)
+    for outcome in (RESULT, STOPPED):
+        (folder / outcome).unlink(missing_ok=True)
+    started = time.monotonic()
+    last: deque[str] = deque(maxlen=LAST_LINES)
+
+    def say(line: str) -> None:
+        if line.startswith(REPORT):
+            if on_report:
+                on_report(json.loads(line.removeprefix(REPORT)))
+            return
+        last.append(line)
+        on_log(line)
+
+    while True:
+        failure = _run_once(module, folder, gpus, processes=processes, say=say)
+        if failure is None or not failure.killed or not restarts:
+            break
+        say(f"{failure}; all {processes} processes start again, {restarts} restarts are left")
+        restarts -= 1
+    if (folder / STOPPED).exists():
+        raise ChildStopped(json.loads((folder / STOPPED).read_text()))
+    if failure is None and (folder / RESULT).exists():
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+        return result
+    seconds = time.monotonic() - started
+    lines = "\n".join(last) or "(it printed nothing)"
+    raise ChildFailed(f"{module}: {failure or 'no result was left'} after {seconds:.0f} s. Last lines:\n{lines}")
+
+
+def _run_once(
+    module: str, folder: Path, gpus: Reservation, *, processes: int, say: Callable[[str], None]
+) -> Failure | None:
+    """Start the processes and follow them until all have ended; return how they failed, if they did."""
     command = [sys.executable, "-m", __name__, module, str(folder), str(os.getpid())]
     root = str(Path(tasks.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    started = time.monotonic()
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,  # its own pipe: an orphan must not keep the parent's output open
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpu.environment},
-        start_new_session=True,
-        pass_fds=gpu.locks,
-    )
+    environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **gpus.environment}
+    with Ranks(command, processes=processes, environment=environment, locks=gpus.locks) as ranks:
+        try:
+            with _sigterm_raising():
+                for line in ranks.lines():
+                    say(line)
+        except Exception:
+            raise
+        except BaseException:  # this process is asked to leave
+            ranks.terminate(kill_after=STOP_SECONDS)
+            for line in ranks.lines():
+                say(line)
+            raise
+        return ranks.wait()
+
+
+@contextmanager
+def _sigterm_raising() -> Iterator[None]:
+    """Make a SIGTERM that would end this process on the spot raise SystemExit; one that is handled stays as it is."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            last.append(line.rstrip())
-            on_log(line.rstrip())
-        process.wait()
+        yield
     finally:
-        _kill_group(process)
-    if process.returncode != 0 or not (folder / RESULT).exists():
-        how = _describe_exit(process.returncode)
-        lines = "\n".join(last) or "(it printed nothing)"
-        raise ChildFailed(f"{module} {how} after {time.monotonic() - started:.0f} s. Last lines:\n{lines}")
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    return result
-
-
-def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill the child and its children. Nothing is lost by not asking first: what it writes appears whole or not."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    finally:
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    hint = ", perhaps because the machine ran out of memory," if code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{hint}"
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _die_with_parent(parent: int) -> None:
@@ -117,16 +151,32 @@ def _die_with_parent(parent: int) -> None:
 
 
 def main() -> None:
-    """Child side: `python -m tasks.training.process MODULE FOLDER PARENT_PID`."""
-    module, folder, parent = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    _die_with_parent(parent)  # before the imports, which take seconds
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    """Child side: `python -m tasks.training.process MODULE FOLDER [PARENT_PID]`, perhaps by `accelerate launch`."""
+    module, folder = sys.argv[1], Path(sys.argv[2])
+    _die_with_parent(int(sys.argv[3]) if len(sys.argv) > 3 else os.getppid())  # before the imports, which take seconds
+    signal.signal(signal.SIGTERM, _stop_now)
+    logging.basicConfig(level=logging.INFO if is_first() else logging.WARNING, stream=sys.stdout, format="%(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
-    config = json.loads((folder / "config.json").read_text())
-    result = importlib.import_module(module).run(config, folder)
-    unfinished = folder / f"{RESULT}.unfinished"
-    unfinished.write_text(json.dumps(result))
-    unfinished.replace(folder / RESULT)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        _write(folder / RESULT, importlib.import_module(module).run(config, folder))
+    except Stopped as stopped:
+        logging.getLogger(__name__).info("%s", stopped)
+        _write(folder / STOPPED, str(stopped))
+        sys.exit(EXIT_STOPPED)
+
+
+def _stop_now(*_: object) -> None:
+    """What SIGTERM does in a child that does not handle it otherwise."""
+    raise Stopped("stopped; run it again to go on")
+
+
+def _write(path: Path, value: Any) -> None:
+    if not is_first():
+        return
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(value))
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,18 @@ class Recipe(BaseModel):
         description="Whether what a frozen vision tower makes of each image is computed once and kept on disk. Empty "
         "means if the images are seen more than once.",
     )
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs of this machine to train on together, or processes where it has none. The samples of a step "
+        "stay batch_size × accumulation, so accumulation must be a multiple of it.",
+    )
+    sharding: Literal["none", "fsdp", "zero3"] = Field(
+        default="none",
+        description="What several GPUs share: none gives each a whole model (data parallel); fsdp (FSDP2) and zero3 "
+        "(DeepSpeed ZeRO-3) give each a part of every layer, for models too large for one. 4-bit models need fsdp.",
+    )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
     )
@@ -202,6 +214,7 @@ class Recipe(BaseModel):
     def _fields_agree(self) -> Self:
         try:
             self._check_parts()
+            self._check_sharing()
             self.check_learning_rates(four_bit=self.quantization == "nf4")
         except RecipeError as error:
             raise PydanticCustomError("recipe", "{error}", {"error": str(error)}) from None
@@ -231,6 +244,28 @@ class Recipe(BaseModel):
         lora_only = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         if given := [name for name in lora_only if getattr(self, name)]:
             raise RecipeError(f"{given[0]}: has no effect with method: full. Leave it out, or write method: lora.")
+
+    def _check_sharing(self) -> None:
+        if self.accumulation % self.gpus:
+            raise RecipeError(
+                f"gpus: {self.gpus} can't share {self.accumulation} forward passes a step evenly. "
+                f"{self._shareable_step()}, or another number of gpus."
+            )
+        if self.sharding != "none" and self.gpus == 1:
+            raise RecipeError(
+                f"sharding: {self.sharding} needs several GPUs. Write gpus: 2 or more, or sharding: none."
+            )
+        if self.sharding == "zero3" and self.quantization == "nf4":
+            raise RecipeError("sharding: zero3 can't share 4-bit weights. Write sharding: fsdp, or quantization: none.")
+
+    def _shareable_step(self) -> str:
+        """Advice for a step that `gpus` can share: of as many samples, in forward passes no larger than now."""
+        samples = self.batch_size * self.accumulation
+        passes = range(self.accumulation + -self.accumulation % self.gpus, samples + 1, self.gpus)
+        fitting = next((n for n in passes if samples % n == 0), None)
+        if fitting is None:
+            return f"Write accumulation: {passes.start}"
+        return f"Write accumulation: {fitting} and batch_size: {samples // fitting}"
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

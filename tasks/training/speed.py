@@ -4,18 +4,25 @@ Which layers are computed again in the backward pass, which are compiled, and wh
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.training.attention import use_short_attention
+from tasks.training.batches import MULTIPLE
+from tasks.training.families import decoder_name
 from tasks.training.fused_lora import fuse_lora
-from tasks.training.model import decoder_name
+from tasks.training.lengths import count_tokens
+from tasks.training.memory.fits import checkpointed_share_for
+from tasks.training.model import Placement
 from tasks.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -26,13 +33,27 @@ COMPILED_VARIANTS = 64
 # Forward passes after which compiling, a minute or two, has paid for itself.
 COMPILING_PAYS = 200
 
+CHECKED_ROWS = 64
 
-def quicken(model: PeftModel, recipe: Recipe, *, on_gpu: bool, batches: int) -> None:
-    """Make the training of `model` as fast as the recipe allows, for that many forward passes; say how in the log."""
-    share = recipe.checkpointed_share if recipe.checkpointed_share is not None else float(on_gpu)
-    checkpointed = checkpoint_layers(model, share)
-    fused = fuse_lora(model) if on_gpu else 0
-    compiled = recipe.compile if recipe.compile is not None else on_gpu and batches >= COMPILING_PAYS
+
+def quicken(
+    model: PeftModel | PreTrainedModel,
+    recipe: Recipe,
+    placement: Placement,
+    *,
+    examples: Dataset,
+    processor: ProcessorMixin,
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    passes: int,
+) -> None:
+    """Make the training of `model` in that many forward passes as fast as the recipe allows; say how in the log."""
+    on_one_gpu = placement.device.type == "cuda" and not placement.sharded
+    compiled = recipe.compile if recipe.compile is not None else on_one_gpu and passes >= COMPILING_PAYS
+    share = recipe.checkpointed_share
+    if share is None:
+        share = _share_that_fits(model, recipe, placement, examples, processor, collator, compiled=compiled)
+    checkpointed = checkpoint_layers(model, share, reentrant=recipe.sharding == "zero3")
+    fused = fuse_lora(model) if on_one_gpu else 0
     if compiled:
         use_short_attention(decoder(model))
         compile_layers(model)
@@ -43,16 +64,48 @@ def quicken(model: PeftModel, recipe: Recipe, *, on_gpu: bool, batches: int) -> 
     )
 
 
-def decoder(model: PeftModel) -> PreTrainedModel:
-    """Return the language model without its head."""
-    base = model.get_base_model()
+def _share_that_fits(
+    model: PeftModel | PreTrainedModel,
+    recipe: Recipe,
+    placement: Placement,
+    examples: Dataset,
+    processor: ProcessorMixin,
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    *,
+    compiled: bool,
+) -> float:
+    """The smallest share for which the largest batch fits the GPU; without one, memory is not what is short."""
+    if placement.device.type != "cuda":
+        return 0.0
+    if placement.sharded:
+        return 1.0
+    longest = -(-int(count_tokens(examples, processor, collator).max()) // MULTIPLE) * MULTIPLE
+    return checkpointed_share_for(
+        _base(model).config,
+        recipe,
+        torch.cuda.get_device_properties(placement.device).total_memory,
+        batch=max(1, (recipe.tokens_per_batch or longest * recipe.batch_size) // longest),
+        sample_tokens=longest,
+        images=max(map(len, examples.with_format("arrow")[:CHECKED_ROWS]["images"])),
+        compiled=compiled,
+    )
+
+
+def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def decoder(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Return the language model without its head."""
+    base = _base(model)
     found = base.get_submodule(decoder_name(base))
     assert isinstance(found, PreTrainedModel)
     return found
 
 
-def decoder_layers(model: PeftModel) -> list[GradientCheckpointingLayer]:
+def decoder_layers(model: PeftModel | PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """Return the layers of the language model, first to last."""
     return _layers(decoder(model))
 
@@ -61,30 +114,32 @@ def _layers(module: nn.Module) -> list[GradientCheckpointingLayer]:
     return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
-def checkpoint_layers(model: PeftModel, share: float) -> int:
+def checkpoint_layers(model: PeftModel | PreTrainedModel, share: float, *, reentrant: bool = False) -> int:
     """Compute the activations of this share (0–1) of the decoder's layers again in the backward pass; return how many.
 
     The layers are spread evenly. Layers outside the language model are computed again if anything in them is trained.
     Transformers' own switch does the same for all layers, and makes the inputs of every tower need gradients: through a
-    frozen vision tower that costs a backward pass that leads nowhere.
+    frozen vision tower that costs a backward pass that leads nowhere. `reentrant` is for DeepSpeed, which can't do
+    without; it gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
     """
     layers = decoder_layers(model)
     inside = {id(layer) for layer in layers}
     chosen = [layer for at, layer in enumerate(layers) if int((at + 1) * share) > int(at * share)]
-    outside = [layer for layer in _layers(model.get_base_model()) if id(layer) not in inside]
+    outside = [layer for layer in _layers(_base(model)) if id(layer) not in inside]
     for layer in chosen + [layer for layer in outside if share and _is_trained(layer)]:
-        # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
-        setattr(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
+        setattr(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=reentrant))  # noqa: B010
         layer.gradient_checkpointing = True
+    if reentrant and chosen:
+        _base(model).enable_input_require_grads()
     return len(chosen)
 
 
-def compile_layers(model: PeftModel) -> None:
+def compile_layers(model: PeftModel | PreTrainedModel) -> None:
     """Compile each layer of the model, its towers included, for each shape it meets."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     # What the next matrix product reads is cheap to compute again from what is kept anyway: 30 % less memory a layer.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    for layer in _layers(model.get_base_model()):
+    for layer in _layers(_base(model)):
         layer.compile(dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""Whole trainings in child processes: lineage, caching, being killed, failing."""
+"""Whole trainings in child processes: lineage, caching, being killed or stopped, failing."""
 
 import importlib
 import json
@@ -11,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from storage.refs import Outcome, RunRef, SnapshotRef
 from storage.snapshot import commit, read_manifest
 from storage.warehouse import Warehouse
-from tasks.training import fit
+from tasks.training import divergence, fit
 from tasks.training.base_model import find_base_model
 from tasks.training.checkpoints import COMPLETE, last_complete_checkpoint
 from tasks.training.dataset import read_examples
-from tasks.training.fit import TrainingFailed, train
+from tasks.training.divergence import Diverged, remember
+from tasks.training.fit import METRICS, Progress, TrainingDiverged, TrainingFailed, TrainingStopped, train
 from tasks.training.process import ChildFailed
 from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import curated_rows, publish
@@ -155,17 +158,50 @@ def test_stopping_early_looks_at_the_validation_split(
     assert validation.isdisjoint(seen["examples"])
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(
+# What a training that goes on repeats exactly: everything but times and memory.
+REPEATED = [name for name in METRICS.names if name not in ("seconds", "input_wait_seconds", "peak_memory_bytes")]
+
+
+def test_a_run_that_is_killed_and_then_stopped_ends_like_an_undisturbed_one(
     trained: Trained, squares: Squares, recipe: Recipe, tmp_path: Path
 ) -> None:
     warehouse, snapshot = publish(tmp_path)
     run, _ = trained
-    checkpoints = tmp_path / ".work" / run.run_id / "checkpoints"
+    kill_after_a_checkpoint(recipe, tmp_path, run)
+
+    def stop_child(line: str) -> None:
+        if line.startswith("going on from checkpoint-"):
+            [child] = psutil.Process().children()
+            child.terminate()
+
+    with pytest.raises(TrainingStopped, match=rf"run {run.run_id}: stopped after step \d of 8; it goes on from there"):
+        train(snapshot, recipe, warehouse=warehouse, on_log=stop_child)
+    assert not warehouse.exists(run.table)
+
+    progress: list[Progress] = []
+    assert train(snapshot, recipe, warehouse=warehouse, on_progress=progress.append) == Outcome(run, cached=False)
+    assert_finished(progress[-1], run)
+    expected, found = weights(squares[0], run), weights(warehouse, run)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    metrics = f"{run.folder}/metrics.parquet"
+    assert warehouse.read_table(metrics, REPEATED) == squares[0].read_table(metrics, REPEATED)
+
+
+def assert_finished(progress: Progress, run: RunRef) -> None:
+    assert (progress.run_id, progress.step, progress.steps, progress.seconds_left) == (run.run_id, 8, 8, 0)
+    assert 0 < progress.input_wait_share < 1
+    assert progress.tokens_per_second > progress.samples_per_second > 0
+
+
+def kill_after_a_checkpoint(recipe: Recipe, root: Path, run: RunRef) -> None:
+    """Train in a process of its own that is killed, and its child with it, once there is a checkpoint to go on from."""
+    checkpoints = root / ".work" / run.run_id / "checkpoints"
     source = (
         "from storage.refs import SnapshotRef\nfrom storage.warehouse import Warehouse\n"
         "from tasks.training.fit import train\nfrom tasks.training.recipe import Recipe\n"
         f"recipe = Recipe.model_validate_json({recipe.model_dump_json()!r})\n"
-        f"train(SnapshotRef('squares', 1), recipe, warehouse=Warehouse({str(tmp_path)!r}), on_log=print)"
+        f"train(SnapshotRef('squares', 1), recipe, warehouse=Warehouse({str(root)!r}), on_log=print)"
     )
     process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + 120
@@ -174,18 +210,41 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert last_complete_checkpoint(checkpoints) is not None
-    assert not warehouse.exists(run.table)
+    assert not Warehouse(str(root)).exists(run.table)
 
-    log: list[str] = []
-    resumed = train(snapshot, recipe, warehouse=warehouse, on_log=log.append)
-    assert (resumed.ref, resumed.cached) == (run, False)
-    assert any(line.startswith("going on from checkpoint-") for line in log)
-    expected, found = weights(squares[0], run), weights(warehouse, run)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert warehouse.read_table(f"{run.folder}/metrics.parquet", ["step", "loss", "tokens"]) == squares[0].read_table(
-        f"{run.folder}/metrics.parquet", ["step", "loss", "tokens"]
-    )
+
+def test_a_run_that_diverged_is_not_tried_again_until_something_changed(
+    squares: Squares, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warehouse, snapshot = squares
+    other = recipe.model_copy(update={"seed": 77})
+    calls: list[str] = []
+
+    def diverge(module: str, config: dict[str, Any], *, folder: Path, **_: Any) -> dict[str, Any]:
+        calls.append(module)
+        remember(Diverged("the loss is not finite", step=3, sample_ids=["a"]), folder)
+        raise ChildFailed("ended with exit code 1")
+
+    monkeypatch.setattr(fit, "run_child", diverge)
+    for _ in range(2):
+        with pytest.raises(TrainingDiverged, match="the loss is not finite in step 3, with samples a"):
+            train(snapshot, other, warehouse=warehouse)
+    assert len(calls) == 1
+    monkeypatch.setattr(divergence, "versions", lambda: {"torch": "99"})
+    with pytest.raises(TrainingDiverged):
+        train(snapshot, other, warehouse=warehouse)
+    assert len(calls) == 2
+
+
+def test_tensorboard_shows_the_metrics(squares: Squares, trained: Trained) -> None:
+    warehouse, _ = squares
+    run, _ = trained
+    events = EventAccumulator(str(warehouse.local_path(run.event_files)))
+    events.Reload()
+    metrics = warehouse.read_table(f"{run.folder}/metrics.parquet").to_pylist()
+    assert {f"train/{name}" for name in metrics[0]} - {"train/step"} == set(events.Tags()["scalars"])
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == pytest.approx({line["step"]: line["loss"] for line in metrics})
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.training.process import ChildFailed, run_child
+from tasks.training.process import EXIT_STOPPED, ChildFailed, ChildStopped, run_child
 
 CHILDREN = {
     "doubles": """
@@ -35,6 +35,34 @@ def run(config, folder):
     print("pids", os.getpid(), grandchild.pid)
     time.sleep(600)
 """,
+    "saves": """
+import os, signal, time
+from tasks.training.child_side import Stopped
+def run(config, folder):
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    print("pids", os.getpid(), flush=True)
+    while not asked:
+        time.sleep(0.01)
+    (folder / "saved").touch()
+    print("saved")
+    raise Stopped("stopped after step 3")
+""",
+    "deaf": """
+import os, signal, time
+def run(config, folder):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("pids", os.getpid(), flush=True)
+    time.sleep(600)
+""",
+    "reports": """
+from tasks.training.child_side import report
+def run(config, folder):
+    print("before")
+    report({"step": 1})
+    print("after")
+    return {}
+""",
     "telemetry": """
 import os
 def run(config, folder):
@@ -57,6 +85,15 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def pids_in(line: str) -> list[int]:
+    return list(map(int, line.split()[1:])) if line.startswith("pids") else []
+
+
+def terminate_child(line: str) -> None:
+    for pid in pids_in(line)[:1]:
+        os.kill(pid, signal.SIGTERM)
 
 
 def wait_until_gone(pids: list[int], seconds: float = 5) -> bool:
@@ -96,13 +133,98 @@ def test_leaving_the_call_kills_the_child_and_its_children(tmp_path: Path, error
     pids: list[int] = []
 
     def cancel(line: str) -> None:
-        pids.extend(map(int, line.split()[1:]))
+        pids.extend(pids_in(line))
         raise error
 
     with pytest.raises(error):
         run_child("hangs", {}, folder=tmp_path, on_log=cancel)
     assert len(pids) == 2
     assert wait_until_gone(pids)
+
+
+def test_a_child_that_is_asked_to_stop_says_where_it_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(ChildStopped, match=r"^stopped after step 3$"):
+        run_child("saves", {}, folder=tmp_path, on_log=terminate_child)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_child_with_nothing_to_save_stops_when_asked(tmp_path: Path) -> None:
+    with pytest.raises(ChildStopped, match="run it again"):
+        run_child("hangs", {}, folder=tmp_path, on_log=terminate_child)
+
+
+def test_an_earlier_stop_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    with pytest.raises(ChildStopped):
+        run_child("saves", {}, folder=tmp_path, on_log=terminate_child)
+    assert run_child("doubles", {"number": 1}, folder=tmp_path, on_log=lambda line: None) == {"double": 2}
+
+
+def test_a_parent_that_is_asked_to_leave_lets_the_child_save(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def leave(line: str) -> None:
+        lines.append(line)
+        if line.startswith("pids"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child("saves", {}, folder=tmp_path, on_log=leave)
+    assert (tmp_path / "saved").exists()
+    assert lines[1:] == ["saved", "stopped after step 3"]
+
+
+def test_a_parent_that_fails_kills_at_once(tmp_path: Path) -> None:
+    def fail(line: str) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run_child("saves", {}, folder=tmp_path, on_log=fail)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_child_that_does_not_stop_is_killed_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.training.process.STOP_SECONDS", 0.2)
+    pids: list[int] = []
+
+    def leave(line: str) -> None:
+        pids.extend(pids_in(line))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_child("deaf", {}, folder=tmp_path, on_log=leave)
+    assert wait_until_gone(pids)
+
+
+def test_a_terminated_parent_lets_the_child_save_and_ends(tmp_path: Path) -> None:
+    source = (
+        "from pathlib import Path; from tasks.training.process import run_child; "
+        f"run_child('saves', {{}}, folder=Path({str(tmp_path)!r}), on_log=lambda line: print(line, flush=True))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    assert parent.stdout is not None
+    assert parent.stdout.readline().startswith("pids")
+    parent.terminate()
+    said, _ = parent.communicate(timeout=20)
+    assert said.splitlines() == ["saved", "stopped after step 3"]
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_stopped_child_ends_with_a_status_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "tasks.training.process", "saves", str(tmp_path), str(os.getpid())]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
+    assert child.stdout is not None
+    terminate_child(child.stdout.readline())
+    child.communicate(timeout=20)
+    assert child.returncode == EXIT_STOPPED == os.EX_TEMPFAIL
+
+
+def test_reports_are_told_from_the_log(tmp_path: Path) -> None:
+    lines: list[str] = []
+    reports: list[dict[str, object]] = []
+    run_child("reports", {}, folder=tmp_path, on_log=lines.append, on_report=reports.append)
+    assert (lines, reports) == (["before", "after"], [{"step": 1}])
 
 
 def test_the_child_dies_with_a_killed_parent(tmp_path: Path) -> None:

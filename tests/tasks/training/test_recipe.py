@@ -119,3 +119,24 @@ def test_a_recipe_is_the_same_after_a_trip_through_json() -> None:
 
 def test_every_field_explains_itself() -> None:
     assert [name for name, field in Recipe.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gpus": 2, "accumulation": 3}, "gpus: 2 can't share 3 forward passes a step evenly"),
+        ({"gpus": 2, "accumulation": 3}, "Write accumulation: 4 and batch_size: 3, or another number of gpus"),
+        ({"gpus": 3, "batch_size": 1, "accumulation": 4}, "Write accumulation: 6, or another number of gpus"),
+        ({"sharding": "fsdp"}, "sharding: fsdp needs several GPUs. Write gpus: 2 or more"),
+        ({"gpus": 2, "sharding": "zero3", "quantization": "nf4"}, "zero3 can't share 4-bit weights"),
+    ],
+)
+def test_what_several_gpus_can_not_share_is_refused_with_a_remedy(fields: dict[str, int | str], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Recipe(base_model="m", **fields)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_any_number_of_gpus_that_divides_the_passes_will_do(gpus: int) -> None:
+    assert Recipe(base_model="m", gpus=gpus, sharding="none" if gpus == 1 else "fsdp").accumulation == 4
