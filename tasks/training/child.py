@@ -65,7 +65,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     collator = make_collator(processor, examples, stop_ids(base))
     check_loss(collator, islice(examples, CHECKED_ROWS))
 
-    batches = make_batches(examples, processor, collator, recipe)
+    batches = make_batches(examples, processor, collator, recipe, workers=_workers(placement))
     trainer = _trainer(model, processor, collator, examples, batches, recipe, placement, folder)
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
     if checkpoint:
@@ -122,7 +122,7 @@ def _trainer(
         # Reentrant checkpointing gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
         gradient_checkpointing_kwargs={"use_reentrant": False},
         max_length=None,  # truncation would cut image tokens
-        dataloader_num_workers=min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0,
+        dataloader_num_workers=_workers(placement),
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         save_steps=recipe.save_steps,
@@ -145,6 +145,11 @@ def _trainer(
         if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16, which is too coarse to add small steps to
             weight.data = weight.data.float()
     return trainer
+
+
+def _workers(placement: models.Placement) -> int:
+    """Processes that read, decode and resize images while the GPU computes."""
+    return min(8, (os.cpu_count() or 1) - 1) if placement.device.type == "cuda" else 0
 
 
 class _Progress(TrainerCallback):
