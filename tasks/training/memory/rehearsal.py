@@ -167,7 +167,8 @@ class FusedAttention(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        out = query.new_empty(*query.shape[:2], query.shape[2], value.shape[3])
+        rows, heads, length, _ = query.shape
+        out = query.new_empty(rows, length, heads, value.shape[3]).transpose(1, 2)  # as the kernels lay it out
         sums = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, None if mask is None else mask.to(query.dtype))
         return out
