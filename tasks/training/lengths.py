@@ -31,8 +31,8 @@ def count_tokens(rows: Dataset, processor: ProcessorMixin, collator: Collator, *
     """Return the tokens of each row as `collator` makes them, images included, (rows,) int64.
 
     Rows are those of `dataset.FEATURES` or `documents.FEATURES`. Only the headers of images are read, by `workers`
-    processes (0: this one). Raises `LengthError` if the processor does not say how many tokens an image becomes, or if a
-    count is wrong for one of the first rows.
+    processes (0: this one). Raises `LengthError` if the processor does not say how many tokens an image becomes, or if
+    a count is wrong for one of the first rows.
     """
     starts: Any = range(0, len(rows), BATCH_ROWS)
     count = partial(_count_from, rows=rows.with_format("arrow"), processor=processor)
