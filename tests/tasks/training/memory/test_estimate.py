@@ -49,7 +49,6 @@ def test_a_step_on_a_cpu_peaks_as_predicted(gemma: Path, recipe: Recipe, checkpo
         update={"quantization": "none", "precision": "fp32", "lora_dropout": 0.0, "accumulation": 1, "lora_rank": 16}
     )
     model = models.add_lora(models.load_model(gemma, models.place(chosen)), chosen, base_model="m").train()
-    model.enable_input_require_grads()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.ones(4, 320, dtype=torch.long)
@@ -72,18 +71,11 @@ def test_a_step_on_a_cpu_peaks_as_predicted(gemma: Path, recipe: Recipe, checkpo
     assert found.peak_bytes - resting == pytest.approx(memory.peak, rel=0.1)
 
 
-@pytest.mark.parametrize(("share", "measured"), [(1.0, 24.9), (0.7, 47.6)])
-def test_the_31b_peaks_as_it_did_on_an_h100(share: float, measured: float) -> None:
-    """Compiled, 16 rows of 320 tokens with one image each, adapters in bf16, 8-bit optimizer."""
-    found = estimate(
-        gemma_31b(),
-        QLORA.model_copy(update={"optimizer": "paged_adamw_8bit"}),
-        batch=16,
-        sample_tokens=320,
-        checkpointed_share=share,
-        adapter_dtype=torch.bfloat16,
-    )
-    assert found.peak_bytes / GIB == pytest.approx(measured, rel=0.1)
+def test_the_31b_peaks_as_it_did_on_an_h100() -> None:
+    """Compiled, 16 rows of 320 tokens with an image each, all layers computed again, bf16 adapters, 8-bit optimizer."""
+    recipe = QLORA.model_copy(update={"optimizer": "paged_adamw_8bit"})
+    found = estimate(gemma_31b(), recipe, batch=16, sample_tokens=320, adapter_dtype=torch.bfloat16)
+    assert found.peak_bytes / GIB == pytest.approx(24.9, rel=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +121,8 @@ def test_all_logits_take_more_than_those_with_a_label(small: MemoryModel) -> Non
     assert found.peak_bytes > peak(small).peak_bytes
 
 
-def test_the_layers_at_the_bottom_are_computed_again(small: MemoryModel) -> None:
+def test_layers_that_are_computed_again_are_spread_evenly(small: MemoryModel) -> None:
     layers = small._stack(Workload(1, 64)).layers
-    assert checkpointed_layers(layers, 0.5) == {0, 1, 2}
+    assert checkpointed_layers(layers, 0.5) == {1, 3, 5}
+    assert checkpointed_layers(layers, 1.0) == {0, 1, 2, 3, 4, 5}
     assert checkpointed_layers(layers, 0.0) == set()
