@@ -17,6 +17,7 @@ BENCHMARKS = {
     "semantic": "Near embeddings of 200k × 512, a tenth planted, against plain SemDeDup; and memory at 1M × 512.",
     "decide": "Decide by the default policy on a million samples: at first, with another threshold, again.",
     "whatif": "What if: one threshold at twenty values by language, and two policies compared, on a million samples.",
+    "data_path": "From shards to batches at 280 tokens an image, 640x480 JPEG, against a loop; padding; token counts.",
     "peers": "The same filters and survivors as Data-Juicer, a script of one's own, imagededup and CleanVision.",
     "demo": "`make demo` on two cores: from nothing, again, with another threshold, with 50 more samples.",
 }

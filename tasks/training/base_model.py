@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from storage.fingerprint import fingerprint, folder_digest
@@ -84,6 +84,25 @@ def _names_code(path: Path) -> bool:
     except ValueError:  # of what is no JSON, transformers will complain
         return False
     return isinstance(content, dict) and bool(content.get("auto_map"))
+
+
+def find_config(name: str) -> Path:
+    """Return the file that says what the model `name` is made of, as `find_base_model` finds it, but without weights.
+
+    Raises `MissingBaseModel`.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise MissingBaseModel(f"{folder}: holds no config.json. Give the folder of a transformers model.")
+        return folder.absolute() / "config.json"
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MissingBaseModel(
+            f"base model {name!r}: no such folder, and the hub gave no config.json of that name "
+            f"({_first_line(error)}). Give the path of a local model folder, or connect."
+        ) from None
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:

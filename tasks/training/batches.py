@@ -115,14 +115,17 @@ def make_batches(
     recipe: Recipe,
     *,
     processes: int = 1,
+    workers: int = 0,
 ) -> TokenBatches | None:
     """Return the recipe's batches of the rows, or None if it does not ask for batches by tokens.
+
+    They are for `processes` that train together; `workers` others count the tokens.
 
     Raises `BatchError`, or `LengthError` if the processor's tokens can't be counted.
     """
     if recipe.tokens_per_batch is None:
         return None
-    lengths = count_tokens(rows, processor, collator)
+    lengths = count_tokens(rows, processor, collator, workers=workers)
     batches = TokenBatches(
         lengths, rows["sample_id"], tokens=recipe.tokens_per_batch, seed=recipe.seed, processes=processes
     )

@@ -99,7 +99,7 @@ def train_model(
     assert isinstance(base, PreTrainedModel)
     rendered = make_collator(processor, examples, stop_ids(base))
     check_loss(rendered, islice(examples, CHECKED_ROWS))
-    order = _order(examples, processor, rendered, recipe)
+    order = _order(examples, processor, rendered, recipe, workers=_workers(placement))
     steps = _count_steps(order, recipe) if isinstance(order, TokenBatches) else order.steps
     passes = steps * recipe.accumulation  # forward passes
     epochs = passes / len(order) if isinstance(order, TokenBatches) else len(order) / len(examples)
@@ -138,8 +138,16 @@ def train_model(
     return trainer.state.best_metric
 
 
-def _order(examples: Dataset, processor: ProcessorMixin, rendered: Any, recipe: Recipe) -> Order | TokenBatches:
-    if batches := make_batches(examples, processor, rendered, recipe, processes=world_size()):
+def _workers(placement: models.Placement) -> int:
+    """Processes that prepare batches; without a GPU there is nothing for them to overlap with."""
+    return min(8, (os.cpu_count() or 1) // world_size() - 1) if placement.device.type == "cuda" else 0
+
+
+def _order(
+    examples: Dataset, processor: ProcessorMixin, rendered: Any, recipe: Recipe, *, workers: int
+) -> Order | TokenBatches:
+    batches = make_batches(examples, processor, rendered, recipe, processes=world_size(), workers=workers)
+    if batches is not None:
         return batches
     per_step = recipe.batch_size * recipe.accumulation
     steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * len(examples) / per_step))
@@ -180,7 +188,7 @@ def _arguments(
         use_cpu=not on_gpu,
         gradient_checkpointing=False,  # speed.py does it, layer by layer
         max_length=None,  # truncation would cut image tokens
-        dataloader_num_workers=min(8, (os.cpu_count() or 1) // world_size() - 1) if on_gpu else 0,
+        dataloader_num_workers=_workers(placement),
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         save_steps=recipe.save_steps,

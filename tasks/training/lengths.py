@@ -5,6 +5,7 @@ Batches are built on these counts, so they are proved on real rows against what 
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,35 +13,41 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as Pictures
 from PIL.ExifTags import Base
+from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 CHECKED_ROWS = 8
-BATCH_ROWS = 512
+BATCH_ROWS = 128
 
 
 class LengthError(RuntimeError):
     """The tokens of examples can't be counted without computing them; the message says for which processor."""
 
 
-def count_tokens(rows: Dataset, processor: ProcessorMixin, collator: Collator) -> np.ndarray:
+def count_tokens(rows: Dataset, processor: ProcessorMixin, collator: Collator, *, workers: int = 0) -> np.ndarray:
     """Return the tokens of each row as `collator` makes them, images included, (rows,) int64.
 
-    Rows are those of `dataset.FEATURES` or `documents.FEATURES`. Only the headers of images are read. Raises
-    `LengthError` if the processor does not say how many tokens an image becomes, or if a count is wrong for one of the
-    first rows.
+    Rows are those of `dataset.FEATURES` or `documents.FEATURES`. Only the headers of images are read, by `workers`
+    processes (0: this one). Raises `LengthError` if the processor does not say how many tokens an image becomes, or if
+    a count is wrong for one of the first rows.
     """
-    counted, images = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for table in rows.with_format("arrow").iter(BATCH_ROWS):
-        batch = table.to_pydict()
-        counted = np.append(counted, _count(batch, processor))
-        images = np.append(images, [len(row) for row in batch["images"]])
+    starts: Any = range(0, len(rows), BATCH_ROWS)
+    count = partial(_count_from, rows=rows.with_format("arrow"), processor=processor)
+    parts = list(DataLoader(starts, batch_size=None, num_workers=workers, collate_fn=count))
+    counted, images = (np.concatenate(part) for part in zip(*parts, strict=True))
     checked = list(islice(rows, CHECKED_ROWS))
     made = np.array([collator([dict(row)])["input_ids"].shape[1] for row in checked])
     beside = _beside(made - counted[: len(made)], images[: len(made)], checked, processor)
     return np.asarray(counted + images * beside)
+
+
+def _count_from(start: int, *, rows: Dataset, processor: ProcessorMixin) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and images of the rows from `start` on."""
+    batch = rows[start : start + BATCH_ROWS].to_pydict()
+    return _count(batch, processor), np.array([len(images) for images in batch["images"]])
 
 
 def _count(batch: Mapping[str, Sequence[Any]], processor: Any) -> np.ndarray:

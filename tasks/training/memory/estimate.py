@@ -215,9 +215,9 @@ class MemoryModel:
 
 
 def checkpointed_layers(layers: Sequence[Layer], share: float) -> set[int]:
-    """Return which layers are computed again: the first `share` of the language model's, and the tower's if any is."""
+    """Return which layers are computed again: `share` of the language model's, spread evenly; all of a tower if any."""
     language = [at for at, layer in enumerate(layers) if not layer.vision]
-    chosen = language[: round(share * len(language))]
+    chosen = [layer for at, layer in enumerate(language) if int((at + 1) * share) > int(at * share)]
     return {*chosen, *(at for at, layer in enumerate(layers) if layer.vision and chosen)}
 
 

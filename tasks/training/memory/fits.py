@@ -1,5 +1,6 @@
 """Says how a training can be laid out on a GPU of a given size so that it fits and is as fast as that allows."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from tasks.training.memory.estimate import IMAGE_TOKENS, Estimate, MemoryModel, Workload
+from tasks.training.memory.estimate import IMAGE_TOKENS, Estimate, MemoryModel, Workload, estimate
 from tasks.training.memory.skeleton import skeleton_of
 from tasks.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 FREE_SHARE = 0.1
 """Share of a GPU that is left to the CUDA context, to what the allocator can't use, and to the prediction's error."""
@@ -125,13 +128,16 @@ def _layouts(
 
 
 def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Side of the child process: `config` is `what_fits`' arguments, the model's folder and the recipe among them."""
-    found = what_fits(
-        AutoConfig.from_pretrained(config["model"], trust_remote_code=False),
-        Recipe.model_validate(config["recipe"]),
-        config["device_bytes"],
-        sample_tokens=config["sample_tokens"],
-        images=config["images"],
-        supervised_tokens=config["supervised_tokens"],
-    )
-    return {"proposals": [asdict(p) | {"relative_time": p.relative_time} for p in found]}
+    """Side of the child process: `config` has `what_fits`' arguments, the recipe and the path of a config.json.
+
+    Returns the proposals, and `least`: what the layout that takes least is predicted to take.
+    """
+    model = AutoConfig.from_pretrained(config["config"], trust_remote_code=False)
+    recipe = Recipe.model_validate(config["recipe"])
+    sample = {name: config[name] for name in ("sample_tokens", "images", "supervised_tokens")}
+    log.info("rehearsing layers of %s on no device", model.model_type)
+    found = what_fits(model, recipe, config["device_bytes"], **sample)
+    return {
+        "proposals": [asdict(proposal) | {"relative_time": proposal.relative_time} for proposal in found],
+        "least": str(estimate(model, recipe, batch=1, **sample)),
+    }

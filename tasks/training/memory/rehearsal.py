@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 BLOCK = 512
 """What PyTorch's caching allocator rounds a storage up to, bytes."""
@@ -27,9 +27,10 @@ class Footprint:
     """What one layer holds, bytes, beyond its weights and the hidden states it is given.
 
     `hidden` is the size of those hidden states, and of those it returns. `kept` is what its eager forward keeps for the
-    backward pass, and `kept_compiled` the same for `torch.compile`, which recomputes pointwise results and keeps what
-    goes into and comes out of matrix products and attention. `working` is the most its two passes hold beyond `kept`,
-    the gradients of its own weights included.
+    backward pass, and `kept_compiled` the same for `torch.compile`, which keeps what comes out of matrix products and
+    what attention works on, and computes the rest again from that (with functorch's
+    `ban_recompute_materialized_backward` off). `working` is the most its two passes hold beyond `kept`, the gradients
+    of its own weights included.
     """
 
     hidden: int
@@ -140,13 +141,15 @@ class AsOnGPU(TorchFunctionMode):
             return False  # asked whether a mask hides nothing, where there is no mask to look at: there is padding
         if func is F.linear:
             return self._linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        leaves, shape = tree_flatten([args, kwargs or {}])
+        args, kwargs = tree_unflatten(_on_one_device(leaves), shape)
+        return func(*args, **kwargs)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, *_: Any, **__: Any
     ) -> torch.Tensor:
         out: torch.Tensor = FusedAttention.apply(query, key, value, attn_mask)
-        self.on_attention([query, key, value, out])
+        self.on_attention([query, key, out])  # values are computed again from their projection
         return out
 
     def _linear(self, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,6 +158,14 @@ class AsOnGPU(TorchFunctionMode):
             out: torch.Tensor = UnpackedLinear.apply(given, cast)
             return out if bias is None else out + bias
         return F.linear(given, cast, None if bias is None else bias.to(self.dtype))
+
+
+def _on_one_device(values: list[Any]) -> list[Any]:
+    """Sizes of images are real numbers on the CPU, until they meet tensors without data."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if len({tensor.device.type for tensor in tensors}) < 2:
+        return values
+    return [value.to("meta") if isinstance(value, torch.Tensor) else value for value in values]
 
 
 class FusedAttention(torch.autograd.Function):
@@ -167,7 +178,8 @@ class FusedAttention(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        out = query.new_empty(*query.shape[:2], query.shape[2], value.shape[3])
+        rows, heads, length, _ = query.shape
+        out = query.new_empty(rows, length, heads, value.shape[3]).transpose(1, 2)  # as the kernels lay it out
         sums = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, None if mask is None else mask.to(query.dtype))
         return out
@@ -206,7 +218,7 @@ def _plain_lora_input(layer: nn.Module, *, plain: bool) -> Iterator[None]:
 
 @contextmanager
 def _recorded(layer: nn.Module, mode: AsOnGPU) -> Iterator[list[torch.Tensor]]:
-    """Give a list that fills with what goes into trained matrix products and comes out of all, and attention's tensors.
+    """Give a list that fills with what comes out of matrix products, and with attention's tensors.
 
     The sum of a linear layer's output and its LoRA's is one result: the two addends need not be kept.
     """
@@ -217,15 +229,12 @@ def _recorded(layer: nn.Module, mode: AsOnGPU) -> Iterator[list[torch.Tensor]]:
     def result(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         found.append(output)
 
-    def both(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        found.extend([args[0], output])
-
     for module in layer.modules():
         if isinstance(module, LoraLayer):
             hooks.append(module.register_forward_hook(result))
-            hooks += [part.register_forward_hook(both) for part in module.lora_A.values()]
+            hooks += [part.register_forward_hook(result) for part in module.lora_A.values()]
         elif isinstance(module, nn.Linear) and id(module) not in inside:
-            hooks.append(module.register_forward_hook(both if module.weight.requires_grad else result))
+            hooks.append(module.register_forward_hook(result))
     mode.on_attention = found.extend
     try:
         yield found

@@ -120,10 +120,10 @@ class Skeleton:
             vision = [Layer(footprint, _gradients(layer), True) for layer in _repeated(self.vision)]
         elif call:
             frozen = rehearse_frozen(*call, dtype=self.dtype)
-        language, around = self._language(batch, tokens)
+        language, around = self._language(batch, tokens, images_trained=bool(vision))
         return Stack((*vision, *language), around, frozen)
 
-    def _language(self, batch: int, tokens: int) -> tuple[list[Layer], int]:
+    def _language(self, batch: int, tokens: int, *, images_trained: bool) -> tuple[list[Layer], int]:
         ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
         mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device="meta")
         run = partial(self.decoder, input_ids=ids, attention_mask=mask, use_cache=False)
@@ -135,7 +135,8 @@ class Skeleton:
         with AsOnGPU(four_bit=self.four_bit, dtype=self.dtype):
             with torch.no_grad(), _skipped(others), _calls(chosen) as calls:
                 run()
-            hook = self.base.get_input_embeddings().register_forward_hook(_require_gradients)
+            embeddings = self.base.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_() if images_trained else None)
             with _skipped(layers), Allocations() as memory:
                 out = run().last_hidden_state
                 around = memory.live - size(out)
@@ -245,8 +246,3 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 def _gradients(layer: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in layer.parameters() if weight.requires_grad)
-
-
-def _require_gradients(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    """What `enable_input_require_grads` does, without which checkpointed layers would get no gradients."""
-    output.requires_grad_(True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.training import base_model
-from tasks.training.base_model import MissingBaseModel, UnsafeBaseModel, find_base_model
+from tasks.training.base_model import MissingBaseModel, UnsafeBaseModel, find_base_model, find_config
 
 
 @pytest.fixture
@@ -72,3 +72,11 @@ def test_a_hub_name_without_network_says_what_to_give_instead(monkeypatch: pytes
 def test_a_mistyped_folder_is_not_taken_for_a_hub_name(tmp_path: Path) -> None:
     with pytest.raises(MissingBaseModel, match="no such folder"):
         find_base_model(str(tmp_path / "nothing"))
+
+
+def test_a_configuration_needs_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert find_config(str(copy)) == copy / "config.json"
+    (copy / "config.json").unlink()
+    with pytest.raises(MissingBaseModel, match=r"holds no config\.json"):
+        find_config(str(copy))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,3 +143,26 @@ def test_a_resumed_training_goes_on_with_the_batch_that_comes_next(
     assert len(again) == 5
     assert [step["loss"] for step in again] == [step["loss"] for step in whole]
     assert [step["tokens"] for step in again] == [step["tokens"] for step in whole]
+
+
+def test_uneven_batches_of_a_step_count_by_their_supervised_tokens(
+    squares: Squares, by_tokens: Recipe, tmp_path: Path
+) -> None:
+    one_step = {"max_steps": 1, "gradient_checkpointing": False}
+    apart = by_tokens.model_copy(update={**one_step, "accumulation": 13})
+    together = by_tokens.model_copy(update={**one_step, "tokens_per_batch": None, "batch_size": 13, "accumulation": 1})
+    [cut], [whole] = (
+        trained(squares, recipe, tmp_path / name) for name, recipe in (("cut", apart), ("whole", together))
+    )
+    assert cut["tokens"] == whole["tokens"]
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches(processes: int) -> None:
+    counts = list(range(1, 500))
+    sampler = TokenBatches(counts, [""] * len(counts), tokens=2048, seed=0, processes=processes)
+    shards = [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+    assert len({len(shard) for shard in shards}) == 1
+    assert sorted(row for shard in shards for batch in shard for row in batch) == list(range(len(counts)))

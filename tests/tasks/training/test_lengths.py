@@ -60,6 +60,12 @@ def test_counts_are_what_the_collator_makes(rows: Dataset, processor: ProcessorM
     assert found.tolist() == made(rows, collator)
 
 
+def test_workers_count_the_same(rows: Dataset, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch) -> None:
+    collator = CompletionCollator(processor, completion_only_loss=True, stop_ids=(1,))
+    monkeypatch.setattr("tasks.training.lengths.BATCH_ROWS", 5)
+    assert count_tokens(rows, processor, collator, workers=1).tolist() == made(rows, collator)
+
+
 def test_conversations_are_counted_too(processor: ProcessorMixin) -> None:
     examples = []
     for at in range(10):
