@@ -53,6 +53,15 @@ class Recipe(BaseModel):
         default="auto", description="What is computed in. auto is bf16 on a GPU and fp32 on a CPU."
     )
 
+    method: Literal["lora", "full"] = Field(
+        default="lora", description="lora trains small matrices beside frozen layers, full trains all weights."
+    )
+    lora_parts: tuple[Literal["language", "projector", "vision"], ...] = Field(
+        default=("language",), description="Parts of the model that get LoRA."
+    )
+    full_parts: tuple[Literal["language", "projector", "vision"], ...] = Field(
+        default=(), description="Parts of the model that are trained in full beside LoRA."
+    )
     lora_rank: int = Field(default=64, ge=1, le=1024, description="Rank of the LoRA matrices.")
     lora_alpha: int = Field(
         default=64, ge=1, le=4096, description="LoRA scale: the update is multiplied by alpha / rank."
@@ -66,6 +75,12 @@ class Recipe(BaseModel):
     )
 
     learning_rate: float = Field(default=5e-5, gt=0, le=1, description="Peak learning rate; decays as a cosine to 0.")
+    learning_rates: dict[Literal["language", "projector", "vision"], float] | None = Field(
+        default=None, description="Learning rates of single parts, in place of learning_rate."
+    )
+    allow_high_learning_rate: bool = Field(
+        default=False, description="Let a 4-bit base model be trained with a learning rate above 5e-5."
+    )
     warmup: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises, 0-1."
     )

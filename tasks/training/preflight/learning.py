@@ -1,0 +1,161 @@
+"""Checks (f), (g) and (i): images matter to the loss, training moves the model, at a rate that suits its weights."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+
+from tasks.training.preflight.finding import Finding
+from tasks.training.preflight.losses import row_losses, trainable, undisturbed
+from tasks.training.preflight.setup import Row, Setup
+
+IMAGES, LEARNING, RATE = "images", "learning", "learning rate"
+LEAST_CHANGE = 1e-4
+"""Least mean change of a row's loss when it gets another image, nats; a model that ignores images has exactly 0."""
+STEPS = 12
+ENOUGH = 0.01
+"""Share of the loss whose loss ends the overfitting early."""
+KNOWN = 0.01
+"""Loss below which there is nothing left to learn from the rows, nats per token."""
+HIGH_RATE = 5e-5
+"""Highest learning rate on a 4-bit base that needs no word from the recipe."""
+
+
+def check_images(setup: Setup) -> list[Finding]:
+    """Give each row the image of another, in its own image's size, and see whether that changes the loss."""
+    rows = [row for row in setup.rows() if row["images"]]
+    swapped = _with_images_swapped(rows)
+    wanted = f"another image of the same size changes a sample's loss by more than {LEAST_CHANGE} nats on average"
+    if swapped is None:
+        remedy = "Show the model different images, or it can't learn to look at them."
+        return [Finding(IMAGES, f"{len(rows)} samples", "noted", "all have the same image", wanted, remedy)]
+    with undisturbed(setup.model), torch.no_grad():
+        setup.model.eval()
+        change = (_losses(setup, rows) - _losses(setup, swapped)).abs().mean()
+    return [
+        Finding.judge(
+            IMAGES,
+            f"{len(rows)} samples",
+            float(change) > LEAST_CHANGE,
+            measured=f"changes by {float(change):.2g} nats",
+            wanted=wanted,
+            remedy="The model does not see the images: check that the collator passes pixel_values on, and that vision "
+            "tower and projector have their weights.",
+        )
+    ]
+
+
+def check_learning(setup: Setup) -> list[Finding]:
+    """Overfit the checked rows for a few steps at the recipe's learning rate, and put the weights back."""
+    with undisturbed(setup.model):
+        if setup.checkpointing is None:
+            return _overfit(setup)
+        with setup.checkpointing():
+            return _overfit(setup)
+
+
+def check_learning_rate(setup: Setup) -> list[Finding]:
+    """Refuse a high learning rate on a 4-bit base, unless the recipe says that it is meant."""
+    recipe, four_bit = setup.recipe, setup.placement.four_bit
+    highest = max([recipe.learning_rate, *(recipe.learning_rates or {}).values()])
+    high = four_bit and highest > HIGH_RATE
+    wanted = f"at most {HIGH_RATE:g} on a 4-bit base, or allow_high_learning_rate" if four_bit else "any: no 4-bit base"
+    remedy = (
+        "The recipe allows it: watch the loss, and compare with a lower one."
+        if recipe.allow_high_learning_rate
+        else f"Set learning_rate to at most {HIGH_RATE:g}, or allow_high_learning_rate: true if it is meant."
+    )
+    return [
+        Finding.judge(
+            RATE,
+            "recipe",
+            not high,
+            measured=f"{highest:g}",
+            wanted=wanted,
+            remedy=remedy,
+            otherwise="noted" if recipe.allow_high_learning_rate else "failed",
+        )
+    ]
+
+
+def _with_images_swapped(rows: list[Row]) -> list[Row] | None:
+    """The rows, each with the first image of the next row whose image is another one; None if there is no other."""
+    first = [row["images"][0].convert("RGB") for row in rows]
+    swapped: list[Row] = []
+    for at, row in enumerate(rows):
+        others: list[Any] = [first[(at + step) % len(rows)].resize(first[at].size) for step in range(1, len(rows))]
+        other = next((image for image in others if image.tobytes() != first[at].tobytes()), None)
+        if other is not None:
+            assert isinstance(other, Image.Image)
+            swapped.append({**row, "images": [other, *row["images"][1:]]})
+        else:
+            swapped.append(row)
+    return swapped if any(new is not old for new, old in zip(swapped, rows, strict=True)) else None
+
+
+def _losses(setup: Setup, rows: list[Row]) -> torch.Tensor:
+    """Each row's loss, computed as many rows at a time as a training step does."""
+    size = setup.recipe.batch_size
+    parts = [row_losses(setup, setup.batch(rows[at : at + size])) for at in range(0, len(rows), size)]
+    return torch.cat(parts)
+
+
+def _overfit(setup: Setup) -> list[Finding]:
+    rows, model = setup.rows(), setup.model
+    model.train()
+    torch.manual_seed(setup.recipe.seed)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=setup.recipe.learning_rate, weight_decay=0.0)
+    losses = [_step(setup, rows, optimizer)]
+    findings = _adapter_matters(setup, rows)
+    while len(losses) <= STEPS and losses[-1] > (1 - ENOUGH) * losses[0]:
+        losses.append(_step(setup, rows, optimizer))
+    known = losses[0] < KNOWN
+    findings.append(
+        Finding.judge(
+            LEARNING,
+            f"overfitting {len(rows)} samples",
+            min(losses[1:], default=losses[0]) < losses[0],
+            measured=f"loss {losses[0]:.4f} before, {losses[-1]:.4f} after {len(losses) - 1} steps",
+            wanted="a loss that falls",
+            remedy="The samples are known by heart already." if known else
+            "Nothing learns at this learning rate, or the steps are too long: raise it if the loss stands still, lower "
+            "it if the loss rises, and look at the trained layers above.",
+            otherwise="noted" if known else "failed",
+        )
+    )
+    return findings
+
+
+def _step(setup: Setup, rows: list[Row], optimizer: torch.optim.Optimizer) -> float:
+    """One optimizer step on all rows; returns their mean loss before it."""
+    size, total = setup.recipe.batch_size, 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for at in range(0, len(rows), size):
+        loss = row_losses(setup, setup.batch(rows[at : at + size])).sum() / len(rows)
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(trainable(setup.model).values(), 1.0)
+    optimizer.step()
+    return total
+
+
+def _adapter_matters(setup: Setup, rows: list[Row]) -> list[Finding]:
+    """Whether the adapter, one step old, changes what the model says."""
+    if not isinstance(setup.model, PeftModel):
+        return []
+    with torch.no_grad():
+        on = _losses(setup, rows)
+        with setup.model.disable_adapter():
+            off = _losses(setup, rows)
+    change = float((on - off).abs().max())
+    return [
+        Finding.judge(
+            LEARNING,
+            "adapter after one step",
+            change > 0,
+            measured=f"on and off differ by {change:.2g} nats at most",
+            wanted="a difference",
+            remedy="The adapter does nothing: look at the trained layers above, and at the learning rate.",
+        )
+    ]
