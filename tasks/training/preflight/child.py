@@ -55,7 +55,8 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     try:
         setup = load(recipe, config)
     except (ModelError, RecipeError, TemplateError) as error:
-        refused = Finding(LOADING, recipe.base_model, "failed", str(error), "a model as the recipe asks for", "See there.")
+        wanted, remedy = "a model as the recipe asks for", "Change what the message names."
+        refused = Finding(LOADING, recipe.base_model, "failed", str(error), wanted, remedy)
         return {"findings": [asdict(refused)], "modules": [], "spans": []}
     findings = run_checks(setup, CHECKS)
     return {

@@ -4,7 +4,7 @@ Where the snapshot was decided on hashes these are compared, and nothing is read
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage.refs import SnapshotRef
-from storage.snapshot import read_manifest
+from storage.snapshot import Manifest, read_manifest
 from storage.warehouse import Warehouse
 from tasks.training.preflight.finding import Finding, Status
 
@@ -23,15 +23,38 @@ WANTED = "nothing in validation or test that is also in train"
 
 
 @dataclass
-class _Sides:
-    """Values of the train split and of the held-out splits, each with a sample that has it."""
+class _Comparison:
+    """What rows of the train split have in common with held-out ones.
 
+    `values` gives a row's value, None or a list of them; `columns` are those it reads. `train` and `held_out` map each
+    value to the id of a row that has it.
+    """
+
+    what: str
+    columns: tuple[str, ...]
+    values: Callable[[pa.RecordBatch], Iterable[Any]]
+    shared: Status = "failed"
     train: dict[Any, str] = field(default_factory=dict)
     held_out: dict[Any, str] = field(default_factory=dict)
 
-    def both(self) -> list[tuple[str, str]]:
-        """Pairs of samples, train and held out, that have the same value."""
-        return [(self.train[value], held) for value, held in self.held_out.items() if value in self.train]
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Take in rows; their first column is the id."""
+        rows = zip(batch[0].to_pylist(), batch["split"].to_pylist(), self.values(batch), strict=True)
+        for identity, split, value in rows:
+            side = self.train if split == "train" else self.held_out
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    side.setdefault(one, identity)
+
+    def finding(self) -> Finding:
+        """Say what is on both sides."""
+        both = [(self.train[value], held) for value, held in self.held_out.items() if value in self.train]
+        if not both:
+            return Finding(CONTAMINATION, self.what, "ok", f"none of {len(self.held_out)} held out", WANTED)
+        named = ", ".join(f"{train} = {held}" for train, held in both[:NAMED])
+        measured = f"{len(both)} of {len(self.held_out)} held out are trained on: {named}"
+        remedy = "Give the policy a duplicate rule for them, so that copies share a split, and curate again."
+        return Finding(CONTAMINATION, self.what, self.shared, measured, WANTED, remedy)
 
 
 def check_contamination(snapshot: SnapshotRef, warehouse: Warehouse) -> list[Finding]:
@@ -41,50 +64,48 @@ def check_contamination(snapshot: SnapshotRef, warehouse: Warehouse) -> list[Fin
     one; so are images shared by documents, where logos and buttons recur.
     """
     manifest = read_manifest(warehouse, snapshot)
-    if manifest.documents:
-        compared: dict[str, Callable[[pa.RecordBatch], Iterator[Any]]] = {
-            "document_id": lambda batch: iter(batch["document_id"].to_pylist()),
-            "image files": _document_images,
-        }
-        paths, columns, name = [e.path for e in manifest.documents], ["document_id", "images", "split"], "document_id"
+    comparisons = _of_documents() if manifest.documents else _of_samples(_columns(manifest, warehouse))
+    columns = list(dict.fromkeys([*(name for c in comparisons for name in c.columns), "split"]))
+    for entry in manifest.documents or manifest.curated:
+        with warehouse.open_parquet(entry.path) as shard:
+            for rows in shard.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                batch = rows.select(columns)
+                for comparison in comparisons:
+                    comparison.add(batch)
+    return [comparison.finding() for comparison in comparisons]
+
+
+def _of_documents() -> list[_Comparison]:
+    return [
+        _Comparison("document_id", ("document_id",), _column("document_id")),
+        _Comparison("image files", ("images",), _document_images, shared="noted"),
+    ]
+
+
+def _of_samples(measured: set[str]) -> list[_Comparison]:
+    comparisons = [_Comparison("sample_id", ("sample_id",), _column("sample_id"))]
+    if "bytes_hash" in measured:
+        comparisons.append(_Comparison("image files", ("bytes_hash",), _column("bytes_hash")))
     else:
-        paths, name = [entry.path for entry in manifest.curated], "sample_id"
-        measured = _columns(paths, warehouse)
-        compared = {"sample_id": lambda batch: iter(batch["sample_id"].to_pylist())}
-        columns = ["sample_id", "split", *sorted({"bytes_hash", "pixels_hash", "phash", "flat"} & measured)]
-        if "bytes_hash" in measured:
-            compared["image files"] = lambda batch: iter(batch["bytes_hash"].to_pylist())
-        else:
-            columns.append("image")
-            compared["image files"] = _files
-        if "pixels_hash" in measured:
-            compared["pixels"] = lambda batch: iter(batch["pixels_hash"].to_pylist())
-        if {"phash", "flat"} <= measured:
-            compared["perceptual codes"] = _codes
-    sides = {what: _Sides() for what in compared}
-    for path in paths:
-        with warehouse.open_parquet(path) as shard:
-            for batch in shard.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for what, values in compared.items():
-                    _collect(sides[what], batch, name, values(batch))
-    return [_finding(what, side, documents=bool(manifest.documents)) for what, side in sides.items()]
+        comparisons.append(_Comparison("image files", ("image",), _files))
+    if "pixels_hash" in measured:
+        comparisons.append(_Comparison("pixels", ("pixels_hash",), _column("pixels_hash")))
+    if {"phash", "flat"} <= measured:
+        comparisons.append(_Comparison("perceptual codes", ("phash", "flat"), _codes, shared="noted"))
+    return comparisons
 
 
-def _columns(paths: list[str], warehouse: Warehouse) -> set[str]:
+def _columns(manifest: Manifest, warehouse: Warehouse) -> set[str]:
     """Columns that all shards have."""
     found: list[set[str]] = []
-    for path in paths:
-        with warehouse.open_parquet(path) as shard:
+    for entry in manifest.curated:
+        with warehouse.open_parquet(entry.path) as shard:
             found.append(set(shard.schema_arrow.names))
     return set.intersection(*found) if found else set()
 
 
-def _collect(side: _Sides, batch: pa.RecordBatch, name: str, values: Iterator[Any]) -> None:
-    for identity, split, value in zip(batch[name].to_pylist(), batch["split"].to_pylist(), values, strict=True):
-        target = side.train if split == "train" else side.held_out
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None:
-                target.setdefault(one, identity)
+def _column(name: str) -> Callable[[pa.RecordBatch], Iterable[Any]]:
+    return lambda batch: batch[name].to_pylist()
 
 
 def _files(batch: pa.RecordBatch) -> Iterator[bytes | None]:
@@ -97,21 +118,7 @@ def _document_images(batch: pa.RecordBatch) -> Iterator[list[bytes]]:
         yield [hashlib.sha256(image["bytes"]).digest() for image in images if image and image["bytes"]]
 
 
-def _codes(batch: pa.RecordBatch) -> Iterator[int | None]:
+def _codes(batch: pa.RecordBatch) -> Iterable[int | None]:
     """Perceptual codes, but not of images too flat to have one."""
-    return iter(pc.if_else(batch["flat"], None, batch["phash"]).to_pylist())
-
-
-def _finding(what: str, side: _Sides, *, documents: bool) -> Finding:
-    shared = side.both()
-    may_differ = what == "perceptual codes" or (documents and what == "image files")
-    status: Status = "ok" if not shared else "noted" if may_differ else "failed"
-    named = ", ".join(f"{train} = {held}" for train, held in shared[:NAMED])
-    return Finding(
-        CONTAMINATION,
-        what,
-        status,
-        f"{len(shared)} of {len(side.held_out)} held-out ones are trained on: {named}" if shared else "none in common",
-        WANTED,
-        "" if not shared else "Give the policy a duplicate rule for them (copies then share a split), and curate again.",
-    )
+    codes: list[int | None] = pc.if_else(batch["flat"], None, batch["phash"]).to_pylist()
+    return codes

@@ -120,8 +120,9 @@ def _image_finding(count: int, broken: list[str], read: int) -> Finding:
         READABLE,
         f"{count} samples",
         not broken,
-        measured=f"missing or unreadable in {len(broken)}: {named}" if broken else f"all {read} have a whole header, "
-        f"and a spread of at most {2 * DECODED} was decoded",
+        measured=f"missing or unreadable in {len(broken)}: {named}"
+        if broken
+        else f"all {read} have a whole header, and a spread of at most {2 * DECODED} was decoded",
         wanted="every image there and readable",
         remedy="Curate the pool again: ingest puts what can't be decoded into quarantine.",
     )

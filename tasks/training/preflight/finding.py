@@ -25,7 +25,15 @@ class Finding:
 
     @classmethod
     def judge(
-        cls, check: str, subject: str, good: bool, *, measured: str, wanted: str, remedy: str, otherwise: Status = "failed"
+        cls,
+        check: str,
+        subject: str,
+        good: bool,
+        *,
+        measured: str,
+        wanted: str,
+        remedy: str,
+        otherwise: Status = "failed",
     ) -> "Finding":
         """Return a finding that is ok if `good`, and else has the status `otherwise` and the remedy."""
         return cls(check, subject, "ok" if good else otherwise, measured, wanted, "" if good else remedy)

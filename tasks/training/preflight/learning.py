@@ -104,13 +104,15 @@ def _losses(setup: Setup, rows: list[Row]) -> torch.Tensor:
 def _overfit(setup: Setup) -> list[Finding]:
     rows, model = setup.rows(), setup.model
     model.train()
-    torch.manual_seed(setup.recipe.seed)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=setup.recipe.learning_rate, weight_decay=0.0)
-    losses = [_step(setup, rows, optimizer)]
+    losses = [_step(setup, rows)]
     findings = _adapter_matters(setup, rows)
     while len(losses) <= STEPS and losses[-1] > (1 - ENOUGH) * losses[0]:
-        losses.append(_step(setup, rows, optimizer))
+        losses.append(_step(setup, rows))
     known = losses[0] < KNOWN
+    lost = (
+        "Nothing learns at this learning rate, or its steps are too long: raise it if the loss stands still, lower it if "
+        "the loss rises, and look at the trained layers."
+    )
     findings.append(
         Finding.judge(
             LEARNING,
@@ -118,25 +120,26 @@ def _overfit(setup: Setup) -> list[Finding]:
             min(losses[1:], default=losses[0]) < losses[0],
             measured=f"loss {losses[0]:.4f} before, {losses[-1]:.4f} after {len(losses) - 1} steps",
             wanted="a loss that falls",
-            remedy="The samples are known by heart already." if known else
-            "Nothing learns at this learning rate, or the steps are too long: raise it if the loss stands still, lower "
-            "it if the loss rises, and look at the trained layers above.",
+            remedy="The samples are known by heart already." if known else lost,
             otherwise="noted" if known else "failed",
         )
     )
     return findings
 
 
-def _step(setup: Setup, rows: list[Row], optimizer: torch.optim.Optimizer) -> float:
-    """One optimizer step on all rows; returns their mean loss before it."""
+def _step(setup: Setup, rows: list[Row]) -> float:
+    """Take Adam's first step, which is the learning rate along each gradient's sign; returns the loss before it."""
     size, total = setup.recipe.batch_size, 0.0
-    optimizer.zero_grad(set_to_none=True)
+    weights = list(trainable(setup.model).values())
+    setup.model.zero_grad(set_to_none=True)
     for at in range(0, len(rows), size):
         loss = row_losses(setup, setup.batch(rows[at : at + size])).sum() / len(rows)
         loss.backward()
         total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(trainable(setup.model).values(), 1.0)
-    optimizer.step()
+    with torch.no_grad():
+        for weight in weights:
+            if weight.grad is not None:
+                weight.sub_(weight.grad.sign(), alpha=setup.recipe.learning_rate)
     return total
 
 

@@ -38,8 +38,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     weights = {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model).items()}
     modes = {module: module.training for module in model.modules()}
     dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
-    for module in dropouts:
-        module.p = 0.0
+    for dropout in dropouts:
+        dropout.p = 0.0
     devices = sorted({weight.device.index or 0 for weight in model.parameters() if weight.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
@@ -50,5 +50,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             weight.grad = None
         for module, mode in modes.items():
             module.training = mode
-        for module, p in dropouts.items():
-            module.p = p
+        for dropout, p in dropouts.items():
+            dropout.p = p

@@ -43,7 +43,7 @@ def check_memory(estimate: Estimate, device: torch.device) -> list[Finding]:
 
 def free_memory() -> int:
     """Return the bytes that this process can still get: of the machine, and of its container if that has a limit."""
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:
