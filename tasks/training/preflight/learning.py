@@ -13,9 +13,10 @@ from tasks.training.preflight.setup import Row, Setup
 IMAGES, LEARNING, RATE = "images", "learning", "learning rate"
 LEAST_CHANGE = 1e-4
 """Least mean change of a row's loss when it gets another image, nats; a model that ignores images has exactly 0."""
-STEPS = 12
+STEPS = 6
 ENOUGH = 0.01
-"""Share of the loss whose loss ends the overfitting early."""
+"""Share of the loss that it must fall by for the overfitting to end early."""
+SWAPPED_ROWS = 4
 KNOWN = 0.01
 """Loss below which there is nothing left to learn from the rows, nats per token."""
 HIGH_RATE = 5e-5
@@ -24,7 +25,7 @@ HIGH_RATE = 5e-5
 
 def check_images(setup: Setup) -> list[Finding]:
     """Give each row the image of another, in its own image's size, and see whether that changes the loss."""
-    rows = [row for row in setup.rows() if row["images"]]
+    rows = [row for row in setup.rows() if row["images"]][:SWAPPED_ROWS]
     swapped = _with_images_swapped(rows)
     wanted = f"another image of the same size changes a sample's loss by more than {LEAST_CHANGE} nats on average"
     if swapped is None:
@@ -32,13 +33,14 @@ def check_images(setup: Setup) -> list[Finding]:
         return [Finding(IMAGES, f"{len(rows)} samples", "noted", "all have the same image", wanted, remedy)]
     with undisturbed(setup.model), torch.no_grad():
         setup.model.eval()
-        change = (_losses(setup, rows) - _losses(setup, swapped)).abs().mean()
+        losses, others = (_losses(setup, _batches(setup, them)) for them in (rows, swapped))
+    change = float((losses - others).abs().mean())
     return [
         Finding.judge(
             IMAGES,
             f"{len(rows)} samples",
-            float(change) > LEAST_CHANGE,
-            measured=f"changes by {float(change):.2g} nats",
+            change > LEAST_CHANGE,
+            measured=f"changes by {change:.2g} nats",
             wanted=wanted,
             remedy="The model does not see the images: check that the collator passes pixel_values on, and that vision "
             "tower and projector have their weights.",
@@ -94,29 +96,33 @@ def _with_images_swapped(rows: list[Row]) -> list[Row] | None:
     return swapped if any(new is not old for new, old in zip(swapped, rows, strict=True)) else None
 
 
-def _losses(setup: Setup, rows: list[Row]) -> torch.Tensor:
-    """Each row's loss, computed as many rows at a time as a training step does."""
+def _batches(setup: Setup, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
+    """The rows in batches as large as those of the training."""
     size = setup.recipe.batch_size
-    parts = [row_losses(setup, setup.batch(rows[at : at + size])) for at in range(0, len(rows), size)]
-    return torch.cat(parts)
+    return [setup.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def _losses(setup: Setup, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Each row's loss."""
+    return torch.cat([row_losses(setup, batch) for batch in batches])
 
 
 def _overfit(setup: Setup) -> list[Finding]:
-    rows, model = setup.rows(), setup.model
-    model.train()
-    losses = [_step(setup, rows)]
-    findings = _adapter_matters(setup, rows)
+    batches = _batches(setup, setup.rows())
+    setup.model.train()
+    losses = [_step(setup, batches)]
+    findings = _adapter_matters(setup, batches[:1])
     while len(losses) <= STEPS and losses[-1] > (1 - ENOUGH) * losses[0]:
-        losses.append(_step(setup, rows))
+        losses.append(_step(setup, batches))
     known = losses[0] < KNOWN
     lost = (
-        "Nothing learns at this learning rate, or its steps are too long: raise it if the loss stands still, lower it if "
-        "the loss rises, and look at the trained layers."
+        "Nothing learns at this learning rate, or its steps are too long: raise it if the loss stands still, lower it "
+        "if the loss rises, and look at the trained layers."
     )
     findings.append(
         Finding.judge(
             LEARNING,
-            f"overfitting {len(rows)} samples",
+            f"overfitting {len(setup.rows())} samples",
             min(losses[1:], default=losses[0]) < losses[0],
             measured=f"loss {losses[0]:.4f} before, {losses[-1]:.4f} after {len(losses) - 1} steps",
             wanted="a loss that falls",
@@ -127,30 +133,29 @@ def _overfit(setup: Setup) -> list[Finding]:
     return findings
 
 
-def _step(setup: Setup, rows: list[Row]) -> float:
+def _step(setup: Setup, batches: list[dict[str, torch.Tensor]]) -> float:
     """Take Adam's first step, which is the learning rate along each gradient's sign; returns the loss before it."""
-    size, total = setup.recipe.batch_size, 0.0
-    weights = list(trainable(setup.model).values())
+    rows, total = sum(len(batch["labels"]) for batch in batches), 0.0
     setup.model.zero_grad(set_to_none=True)
-    for at in range(0, len(rows), size):
-        loss = row_losses(setup, setup.batch(rows[at : at + size])).sum() / len(rows)
+    for batch in batches:
+        loss = row_losses(setup, batch).sum() / rows
         loss.backward()
         total += float(loss.detach())
     with torch.no_grad():
-        for weight in weights:
+        for weight in trainable(setup.model).values():
             if weight.grad is not None:
                 weight.sub_(weight.grad.sign(), alpha=setup.recipe.learning_rate)
     return total
 
 
-def _adapter_matters(setup: Setup, rows: list[Row]) -> list[Finding]:
+def _adapter_matters(setup: Setup, batches: list[dict[str, torch.Tensor]]) -> list[Finding]:
     """Whether the adapter, one step old, changes what the model says."""
     if not isinstance(setup.model, PeftModel):
         return []
     with torch.no_grad():
-        on = _losses(setup, rows)
+        on = _losses(setup, batches)
         with setup.model.disable_adapter():
-            off = _losses(setup, rows)
+            off = _losses(setup, batches)
     change = float((on - off).abs().max())
     return [
         Finding.judge(
@@ -159,6 +164,6 @@ def _adapter_matters(setup: Setup, rows: list[Row]) -> list[Finding]:
             change > 0,
             measured=f"on and off differ by {change:.2g} nats at most",
             wanted="a difference",
-            remedy="The adapter does nothing: look at the trained layers above, and at the learning rate.",
+            remedy="The adapter does nothing: look at the trained layers, and at the learning rate.",
         )
     ]
