@@ -1,8 +1,7 @@
-"""Whole-sequence labels, a stop token without loss, a prompt that is asked otherwise: all leave the loss looking fine."""
+"""Whole-sequence labels, a stop token without loss, a prompt asked otherwise: all leave the loss looking fine."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from datasets import Dataset
 from tasks.training.collate import IGNORED, CompletionCollator
 from tasks.training.conversations import make_collator
 from tasks.training.dataset import text_of
+from tasks.training.documents import FEATURES
 from tasks.training.preflight.masks import check_mask, check_prompt, spans
 from tasks.training.preflight.setup import Setup
 
@@ -97,28 +97,22 @@ def test_spans_show_where_the_loss_begins_and_ends(shared_setup: Setup) -> None:
 @pytest.fixture(scope="module")
 def documents(rows: Any, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Conversations of two turns about two images."""
-    from tasks.training.documents import FEATURES
-
     images = [rows[at]["images"][0] for at in range(4)]
 
-    def turn(at: int, answer: str) -> list[dict[str, Any]]:
+    def turn(answer: str) -> list[dict[str, Any]]:
         return [
             {"role": "user", "content": [{"type": "image", "text": None}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
 
     conversations = [
-        {
-            "sample_id": f"{at}",
-            "messages": turn(0, "A square.") + turn(1, "Another one."),
-            "images": images[at : at + 2],
-        }
+        {"sample_id": str(at), "messages": turn("A square.") + turn("Another one."), "images": images[at : at + 2]}
         for at in range(3)
     ]
     return Dataset.from_list(conversations, features=FEATURES)
 
 
-def test_conversations_are_checked_turn_by_turn(shared_setup: Setup, documents: Dataset, tmp_path: Path) -> None:
+def test_conversations_are_checked_turn_by_turn(shared_setup: Setup, documents: Dataset) -> None:
     collator = make_collator(shared_setup.processor, documents, shared_setup.collator.stop_ids)
     setup = replace(shared_setup, examples=documents, collator=collator)
     assert [f.status for f in (*check_mask(setup), *check_prompt(setup))] == ["ok", "ok"]

@@ -1,7 +1,6 @@
 """The step as a whole: its table, its cache, and how it fails."""
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from storage.catalog import connect
 from storage.refs import Outcome, PreflightRef, SnapshotRef
 from storage.warehouse import Warehouse
-from tasks.training.preflight import step
+from tasks.training.preflight import child, step
 from tasks.training.preflight.child import run_checks
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Setup
@@ -74,7 +73,7 @@ def test_the_catalog_has_the_findings(published: Squares, passed: tuple[Prefligh
 def test_a_preflight_that_passed_is_cached_and_starts_no_process(
     published: Squares, passed: tuple[PreflightRef, list[str]], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    monkeypatch.setattr(step, "run_child", pytest.fail)
     assert preflight(published[1], recipe, warehouse=published[0]) == Outcome(passed[0], cached=True)
     longer = recipe.model_copy(update={"max_steps": 99, "save_steps": 7})
     assert preflight(published[1], longer, warehouse=published[0]) == Outcome(passed[0], cached=True)
@@ -126,8 +125,12 @@ def test_a_failed_preflight_is_tried_again(recipe: Recipe, tmp_path: Path, found
 
 
 def test_a_model_that_can_not_be_loaded_as_asked_is_a_finding_too(
-    recipe: Recipe, tmp_path: Path, published: Squares
+    recipe: Recipe, tmp_path: Path, published: Squares, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run_here(module: str, config: dict[str, Any], *, folder: Path, **_: Any) -> dict[str, Any]:
+        return child.run(config, folder)
+
+    monkeypatch.setattr(step, "run_child", run_here)  # a process of its own would only cost time
     broken = Path(shutil.copytree(recipe.base_model, tmp_path / "broken"))
     (broken / "chat_template.jinja").unlink()
     with pytest.raises(PreflightFailed, match="has no chat template") as caught:
