@@ -45,7 +45,8 @@ def artifacts() -> dict[str, Artifact]:
     """The newest artifacts by the first part of their key."""
     with get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/filter", json={"sort": "CREATED_DESC"}).json()
-    return {artifact["key"].partition("-")[0]: Artifact.model_validate(artifact) for artifact in reversed(found)}
+    named = [Artifact.model_validate(artifact) for artifact in reversed(found) if artifact["key"]]
+    return {str(artifact.key).partition("-")[0]: artifact for artifact in named}
 
 
 def test_a_failed_preflight_stops_the_training_and_is_published(

@@ -112,7 +112,9 @@ def test_a_loss_that_is_no_number_fails(own_setup: Make) -> None:
 
 
 def test_a_training_in_full_is_checked_without_an_adapter(own_setup: Make) -> None:
-    setup = own_setup(lambda base: base.requires_grad_(True), method="full", learning_rate=1e-4)
+    setup = own_setup(
+        lambda base: base.requires_grad_(True), method="full", full_parts=("language",), learning_rate=1e-4
+    )
     assert [f.subject for f in check_learning(setup)] == ["overfitting 8 samples"]
     assert [f.status for f in check_learning(setup)] == ["ok"]
 
