@@ -15,6 +15,8 @@ from tasks.training.model import decoder_name, is_four_bit
 Part = Literal["language", "projector", "vision", "audio", "head"]
 PARTS: tuple[Part, ...] = get_args(Part)
 OTHER = "(other weights)"
+_COPY = re.compile(r"\.(original_module|modules_to_save\.\w+)")
+"""What PEFT puts into the names of a module that is trained in full beside LoRA, and of its copy."""
 _PROJECTOR = re.compile(r"projector|embed_vision|embed_audio|connector|merger|modality_projection")
 
 
@@ -85,10 +87,11 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 def _row(model: PreTrainedModel, name: str, module: nn.Module, own: list[nn.Parameter]) -> ModuleRow:
     holder = module.get_base_layer() if isinstance(module, LoraLayer) else module
     outer, _, last = name.rpartition(".")
+    shown = _COPY.sub("", name).rpartition(".")[2]
     around = model.get_submodule(outer) if outer else model
     clipping = ""
     if getattr(around, "use_clipped_linears", None) is not None and last == "linear":
-        last = outer.rpartition(".")[2]
+        shown = outer.rpartition(".")[2]
         clipping = "kept" if around.use_clipped_linears else ""
     elif getattr(holder, "use_clipped_linears", False):
         clipping = "bypassed"  # LoRA stands beside the clipping layer as a whole, so its part is not clipped
@@ -97,7 +100,7 @@ def _row(model: PreTrainedModel, name: str, module: nn.Module, own: list[nn.Para
     adapter = _adapter_weights(module)
     return ModuleRow(
         part=part_of(model, name),
-        module=last if isinstance(module, LoraLayer | nn.Linear) else OTHER,
+        module=shown if isinstance(module, LoraLayer | nn.Linear) else OTHER,
         kind=type(holder).__name__ if isinstance(module, LoraLayer | nn.Linear) else "",
         dtype="4-bit" if four_bit else str(first.dtype if first is not None else "").removeprefix("torch."),
         four_bit=four_bit,

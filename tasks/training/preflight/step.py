@@ -29,6 +29,7 @@ from tasks.training.preflight.contamination import check_contamination
 from tasks.training.preflight.finding import Finding, failures
 from tasks.training.process import run_child
 from tasks.training.recipe import Recipe
+from tasks.training.run import read_run
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,10 @@ SPANS = pa.schema(
 )
 
 # What no finding depends on: the base model counts by its content, not by what it is called.
-_NOT_CHECKED = {"base_model", "epochs", "max_steps", "warmup", "save_steps", "max_new_tokens", "answer_batch_size"}
+_NOT_CHECKED = {
+    *("base_model", "epochs", "max_steps", "warmup", "scheduler", "weight_decay", "early_stop_patience"),
+    *("save_steps", "max_new_tokens", "answer_batch_size"),
+}
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -87,11 +91,13 @@ def preflight(
     """Check a training on the snapshot's train split before it starts; the model is looked at in a child process.
 
     Each line of the child's log goes to `on_log`. Returns the cached preflight if one passed and all it depends on is
-    unchanged. Raises `PreflightFailed` after the table is written; `RecipeError` or `MissingBaseModel` if there is
-    nothing to check, and `ChildFailed` if the child ended without findings.
+    unchanged. Raises `PreflightFailed` after the table is written; `RecipeError`, `MissingBaseModel` or `WarehouseError`
+    if there is nothing to check, and `ChildFailed` if the child ended without findings.
     """
     on_log = on_log or log.info
     base = find_base_model(recipe.base_model)
+    if parent_run:
+        read_run(parent_run, warehouse).check_base(base)
     device = describe_device()
     inputs = {
         "samples": read_manifest(warehouse, snapshot).samples_content,

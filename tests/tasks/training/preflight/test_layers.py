@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfi
 from tasks.training import model as models
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.layers import check_quantization, check_targets
-from tasks.training.preflight.modules import module_table
+from tasks.training.preflight.modules import OTHER, module_table
 from tasks.training.preflight.setup import Setup
 
 Make = Callable[..., Setup]
@@ -52,6 +52,9 @@ def test_weights_trained_beside_lora_unasked_fail(own_setup: Make) -> None:
     assert by_subject(check_targets(own_setup(spoiled)))["projector"].status == "failed"
     asked = own_setup(spoiled, full_parts=("projector",))
     assert by_subject(check_targets(asked))["projector"].status == "ok"
+    [both] = [row for row in module_table(asked.base) if row.part == "projector" and row.module != OTHER]
+    assert (both.module, both.layers) == ("embedding_projection", 2)  # the frozen one and the copy beside it
+    assert both.trained_weights * 2 == both.weights
 
 
 def test_the_table_counts_every_weight_once(shared_setup: Setup) -> None:
