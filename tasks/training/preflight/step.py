@@ -91,8 +91,8 @@ def preflight(
     """Check a training on the snapshot's train split before it starts; the model is looked at in a child process.
 
     Each line of the child's log goes to `on_log`. Returns the cached preflight if one passed and all it depends on is
-    unchanged. Raises `PreflightFailed` after the table is written; `RecipeError`, `MissingBaseModel` or `WarehouseError`
-    if there is nothing to check, and `ChildFailed` if the child ended without findings.
+    unchanged. Raises `PreflightFailed` after the table is written; `RecipeError`, `MissingBaseModel` or
+    `WarehouseError` if there is nothing to check, and `ChildFailed` if the child ended without findings.
     """
     on_log = on_log or log.info
     base = find_base_model(recipe.base_model)
