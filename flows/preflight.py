@@ -13,7 +13,8 @@ from storage.warehouse import Warehouse
 from tasks.training.preflight import step as checking
 from tasks.training.recipe import Recipe
 
-SIGNS = {"ok": "✓", "noted": "note", "failed": "✗ failed"}
+SIGNS = {"failed": "✗ failed", "noted": "noted", "ok": "✓"}
+"""How a status is shown, the worst first."""
 
 
 @step(task_run_name="check training on {snapshot}")
@@ -37,33 +38,47 @@ def preflight(
 
 
 def _report(ref: PreflightRef, snapshot: SnapshotRef, warehouse: Warehouse) -> None:
-    """Publish the findings as a table, and as Markdown what the model learns from and which of its layers."""
+    """Publish the findings as a table, worst first, and as Markdown what failed, what is learned and by which layers."""
     write_catalog(warehouse)
-    findings = warehouse.read_table(ref.table, ["status", "check", "subject", "measured", "wanted", "remedy"])
-    rows = [{**row, "status": SIGNS[row["status"]]} for row in findings.to_pylist()]
+    found = warehouse.read_table(ref.table, ["status", "check", "subject", "measured", "wanted", "remedy"]).to_pylist()
+    findings = sorted(found, key=lambda finding: list(SIGNS).index(finding["status"]))
     create_table_artifact(
-        key=f"preflight-{ref.preflight_id}", table=rows, description=f"Preflight of a training on {snapshot}"
+        key=f"preflight-{ref.preflight_id}",
+        table=[{**finding, "status": SIGNS[finding["status"]]} for finding in findings],
+        description=f"Preflight of a training on {snapshot}",
     )
     spans, modules = (warehouse.read_table(path).to_pylist() for path in (ref.spans, ref.modules))
     create_markdown_artifact(
         key=f"model-{ref.preflight_id}",
         description=f"What is learned from {snapshot}, and by which layers",
-        markdown="\n".join([*_learned(spans), "", *_layers(modules)]),
+        markdown="\n".join([*_remedies(findings), *_learned(spans), "", *_layers(modules)]),
     )
 
 
+def _remedies(findings: list[dict[str, Any]]) -> list[str]:
+    """What failed or deserves a look, and what to do about it."""
+    lines = []
+    for finding in findings:
+        if finding["status"] != "ok":
+            lines += [
+                f"- **{SIGNS[finding['status']]}: {finding['check']}**, {finding['subject']}. "
+                f"Measured: {_quoted(finding['measured'])}. Wanted: {finding['wanted']}. {finding['remedy']}"
+            ]
+    return ["# What to change", *lines, ""] if lines else []
+
+
 def _learned(spans: list[dict[str, Any]]) -> list[str]:
-    """Some samples, with what the loss covers in bold."""
-    lines = ["# What is learned", "Bold is what the loss covers."]
+    """Some samples as the model sees them, cut where the loss begins and ends."""
+    lines = ["# What is learned"]
     for sample, parts in groupby(spans, key=lambda span: span["sample_id"]):
-        text = "".join(f"**{_quoted(p['text'])}**" if p["supervised"] else _quoted(p["text"]) for p in parts)
-        lines += ["", f"{sample}:", "", f"> {text}"]
+        lines += ["", f"Sample {sample}", ""]
+        lines += [f"- {'**in the loss:** ' if part['supervised'] else ''}{_quoted(part['text'])}" for part in parts]
     return lines
 
 
 def _quoted(text: str) -> str:
     """Text as code on one line, so that no token of it is taken for Markdown or HTML."""
-    return f"`{text.strip().replace('`', 'ˋ').replace(chr(10), '↵')}`" if text.strip() else ""
+    return f"`{text.replace('`', 'ˋ').replace(chr(10), '↵')}`"
 
 
 def _layers(modules: list[dict[str, Any]]) -> list[str]:

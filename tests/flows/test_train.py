@@ -57,8 +57,9 @@ def test_a_failed_preflight_stops_the_training_and_is_published(
     monkeypatch.setattr(train_flow.fitting, "train", pytest.fail)
     with pytest.raises(PreflightFailed, match=r"changes by 0 nats; wanted: a change\. Pass pixel_values on\."):
         train(**arguments)
-    row = next(row for row in json.loads(str(artifacts()["preflight"].data)) if row["check"] == "images")
-    assert (row["status"], row["remedy"]) == ("✗ failed", "Pass pixel_values on.")
+    first = json.loads(str(artifacts()["preflight"].data))[0]
+    assert (first["status"], first["check"], first["remedy"]) == ("✗ failed", "images", "Pass pixel_values on.")
+    assert "- **✗ failed: images**, 8 samples. Measured: `changes by 0 nats`." in str(artifacts()["model"].data)
 
 
 def test_what_is_learned_and_by_which_layers_is_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,5 +75,5 @@ def test_what_is_learned_and_by_which_layers_is_published(monkeypatch: pytest.Mo
     assert train(**arguments) == RunRef("r")
     assert ran == ["train"]
     shown = str(artifacts()["model"].data)
-    assert "`<|turn>user↵[63 image tokens]What?`**`red<turn|>`**" in shown
+    assert "- `<|turn>user↵[63 image tokens]What?↵`\n- **in the loss:** `red<turn|>`" in shown
     assert "| language | q_proj | 60 | Linear4bit 4-bit | 1,000,000,000 | 60 | 2,000,000 | 0 |  |" in shown

@@ -139,7 +139,7 @@ def _answer_finding(answers: Counter[str]) -> Finding:
         ANSWERS,
         f"{total} completions",
         share <= NEARLY_ALL and not constant,
-        measured=f"{len(answers)} different ones; most common: {shown}",
+        measured=f"{len(answers)} different; most common: {shown}",
         wanted=f"more than one, none of them above {NEARLY_ALL:.0%}",
         remedy="All answers are the same: write a completion that differs between images."
         if constant

@@ -76,7 +76,7 @@ def _bits_of(part: Part, rows: list[ModuleRow], setup: Setup) -> list[Finding]:
         BITS,
         part,
         packed == (layers if four_bit else 0),
-        measured=f"{packed} of {layers} linear layers 4-bit, the rest {dtypes or 'nothing'}; {gib:.2f} GiB",
+        measured=f"{packed} of {layers} linear layers 4-bit, the rest {dtypes or 'tied to other weights'}; {gib:.2f} GiB",
         wanted=f"{'all' if four_bit else 'none'} in 4 bits",
         remedy="Set quantization: none, and report the model: its names don't tell which layers to leave alone.",
     )

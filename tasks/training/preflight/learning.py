@@ -124,7 +124,7 @@ def _overfit(setup: Setup) -> list[Finding]:
             LEARNING,
             f"overfitting {len(setup.rows())} samples",
             min(losses[1:], default=losses[0]) < losses[0],
-            measured=f"loss {losses[0]:.4f} before, {losses[-1]:.4f} after {len(losses) - 1} steps",
+            measured=f"loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}",
             wanted="a loss that falls",
             remedy="The samples are known by heart already." if known else lost,
             otherwise="noted" if known else "failed",

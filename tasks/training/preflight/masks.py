@@ -44,7 +44,7 @@ def check_mask(setup: Setup) -> list[Finding]:
             not wrong,
             measured=f"other tokens are in the loss beside other samples than alone: {', '.join(wrong)}"
             if wrong
-            else f"{counts[0]}-{counts[-1]} tokens a sample are in the loss, alone as in a batch",
+            else f"{counts[0]} to {counts[-1]} tokens a sample are in the loss, alone as in a batch",
             wanted=WANTED_MASK,
             remedy="Padding reaches the labels: give the processor a pad token of its own, and report the model.",
         )

@@ -76,7 +76,7 @@ class PreflightFailed(ValueError):  # noqa: N818 - says what happened
 
     def __init__(self, ref: PreflightRef, failed: list[Finding]) -> None:
         lines = "\n".join(f"- {finding}" for finding in failed)
-        super().__init__(f"preflight {ref.preflight_id}: {len(failed)} checks failed\n{lines}")
+        super().__init__(f"preflight {ref.preflight_id}: failed checks: {len(failed)}\n{lines}")
         self.ref = ref
 
 

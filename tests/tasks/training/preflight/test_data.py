@@ -83,7 +83,7 @@ def test_an_image_that_can_not_be_read_fails(setup_of: Make, damage: Callable[[b
 def test_the_same_answer_for_everything_fails(setup_of: Make) -> None:
     finding = found(setup_of([row(str(at), "a photo") for at in range(5)]))["answers"]
     assert finding.status == "failed"
-    assert "1 different ones; most common: 'a photo' 100%" in finding.measured
+    assert "1 different; most common: 'a photo' 100%" in finding.measured
 
 
 def test_nearly_always_the_same_answer_is_noted(setup_of: Make) -> None:

@@ -107,7 +107,7 @@ def test_a_failure_is_raised_with_every_remedy_after_the_table_is_written(
     with pytest.raises(PreflightFailed) as caught:
         preflight(snapshot, recipe, warehouse=warehouse)
     message = str(caught.value)
-    assert "1 checks failed" in message
+    assert "failed checks: 1" in message
     assert "images: 8 samples: changes by 0 nats; wanted: a change. Pass pixel_values on." in message
     rows = warehouse.read_table(caught.value.ref.table).to_pylist()
     assert [row["status"] for row in rows][:2] == ["ok", "failed"]
