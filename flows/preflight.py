@@ -38,7 +38,7 @@ def preflight(
 
 
 def _report(ref: PreflightRef, snapshot: SnapshotRef, warehouse: Warehouse) -> None:
-    """Publish the findings as a table, worst first, and as Markdown what failed, what is learned and by which layers."""
+    """Publish the findings as a table, worst first, and as Markdown what failed, what is learned, by which layers."""
     write_catalog(warehouse)
     found = warehouse.read_table(ref.table, ["status", "check", "subject", "measured", "wanted", "remedy"]).to_pylist()
     findings = sorted(found, key=lambda finding: list(SIGNS).index(finding["status"]))

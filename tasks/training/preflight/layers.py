@@ -70,13 +70,13 @@ def _bits_of(part: Part, rows: list[ModuleRow], setup: Setup) -> list[Finding]:
         return []
     four_bit = setup.placement.four_bit and part == "language" and part not in setup.recipe.full_parts
     layers, packed = sum(row.layers for row in linear), sum(row.layers for row in linear if row.four_bit)
-    dtypes = ", ".join(sorted({row.dtype for row in rows if not row.four_bit and row.bytes}))
+    dtypes = ", ".join(sorted({row.dtype for row in rows if not row.four_bit and row.bytes})) or "tied to other weights"
     gib = sum(row.bytes for row in rows) / 2**30
     plan = Finding.judge(
         BITS,
         part,
         packed == (layers if four_bit else 0),
-        measured=f"{packed} of {layers} linear layers 4-bit, the rest {dtypes or 'tied to other weights'}; {gib:.2f} GiB",
+        measured=f"{packed} of {layers} linear layers 4-bit, the rest {dtypes}; {gib:.2f} GiB",
         wanted=f"{'all' if four_bit else 'none'} in 4 bits",
         remedy="Set quantization: none, and report the model: its names don't tell which layers to leave alone.",
     )
