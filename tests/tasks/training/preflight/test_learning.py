@@ -146,6 +146,7 @@ def test_a_high_rate_on_a_four_bit_base_must_be_meant(
 
 def test_the_highest_rate_of_any_part_counts(shared_setup: Setup) -> None:
     rates = {"learning_rate": 1e-5, "learning_rates": {"projector": 1e-3}, "full_parts": ("projector",)}
+    rates |= {"allow_high_learning_rate": False}
     setup = replace(
         shared_setup,
         recipe=shared_setup.recipe.model_copy(update=rates),
