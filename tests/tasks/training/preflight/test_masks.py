@@ -12,6 +12,7 @@ from tasks.training.collate import IGNORED, CompletionCollator
 from tasks.training.conversations import make_collator
 from tasks.training.dataset import text_of
 from tasks.training.documents import FEATURES
+from tasks.training.preflight.child import CHECKS, run_checks
 from tasks.training.preflight.masks import check_mask, check_prompt, spans
 from tasks.training.preflight.setup import Setup
 
@@ -118,3 +119,9 @@ def test_conversations_are_checked_turn_by_turn(shared_setup: Setup, documents: 
     assert [f.status for f in (*check_mask(setup), *check_prompt(setup))] == ["ok", "ok"]
     shown = [span.text for span in spans(setup, [documents[0]]) if span.supervised]
     assert shown == ["A square.<turn|>", "Another one.<turn|>"]
+
+
+def test_every_check_takes_conversations(shared_setup: Setup, documents: Dataset) -> None:
+    collator = make_collator(shared_setup.processor, documents, shared_setup.collator.stop_ids)
+    found = run_checks(replace(shared_setup, examples=documents, collator=collator), CHECKS)
+    assert {finding.status for finding in found} == {"ok"}
