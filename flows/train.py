@@ -8,6 +8,7 @@ from prefect.events import emit_event
 from pydantic import ConfigDict, Field, create_model
 
 from flows.curate import Name
+from flows.preflight import preflight
 from flows.progress import LiveProgress
 from flows.steps import step, taken
 from storage.catalog import write_catalog
@@ -36,7 +37,7 @@ def train(
     parent_run: str | None = None,
     warehouse: str = "warehouse",
 ) -> RunRef:
-    """Fine-tune a base model on a dataset's snapshot and keep the adapter with its lineage.
+    """Fine-tune a base model on a dataset's snapshot and keep the adapter with its lineage; checked before it starts.
 
     Args:
         dataset: Dataset to train on.
@@ -50,6 +51,7 @@ def train(
     pinned = find_snapshot(store, dataset, snapshot)
     settings = load_recipe(recipe, changed(changes))
     # called directly, never submitted: only so does cancelling reach the training process
+    preflight(pinned, settings, parent_run=parent_run, warehouse=store)
     run: RunRef = taken(fit(pinned, settings, parent_run=parent_run, warehouse=store))
     report(run, pinned, settings, warehouse=store)
     return run

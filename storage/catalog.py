@@ -27,9 +27,9 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB connection in memory with the catalog's views.
 
     The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, documents, document_decisions,
-    node_decisions, interleaved, snapshots, differences, runs, evaluations, merges and lineage. Decisions and what was
-    published are those of the latest snapshot of each dataset as of this call; `signals` has one row a sample with the
-    columns of every signal (the newest measurement of each name; embeddings apart).
+    node_decisions, interleaved, snapshots, differences, preflights, runs, evaluations, merges and lineage. Decisions
+    and what was published are those of the latest snapshot of each dataset as of this call; `signals` has one row a
+    sample with the columns of every signal (the newest measurement of each name; embeddings apart).
     """
     connection = duckdb.connect()
     if not warehouse.is_local:
@@ -82,6 +82,7 @@ def view_statements(warehouse: Warehouse) -> list[str]:
         "interleaved": _of_snapshots(warehouse, [(m, m.documents) for m in newest], schema.INTERLEAVED),
         "snapshots": _snapshots(manifests),
         "differences": _differences(warehouse, manifests),
+        "preflights": _record_view(warehouse, "preflights", "findings.parquet", schema.PREFLIGHTS),
         "runs": _record_view(warehouse, "runs", "run.parquet", schema.RUNS),
         "evaluations": _record_view(warehouse, "evaluations", "evaluation.parquet", schema.EVALUATIONS),
         "merges": _record_view(warehouse, "merges", "merge.parquet", schema.MERGES),

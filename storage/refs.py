@@ -218,6 +218,38 @@ class RunRef:
 
 
 @dataclass(frozen=True)
+class PreflightRef:
+    """One preflight: what its checks found of a training before it started."""
+
+    preflight_id: str
+
+    @property
+    def folder(self) -> str:
+        """Where the preflight's files are, relative to the warehouse."""
+        return f"preflights/{self.preflight_id}"
+
+    @property
+    def record(self) -> str:
+        """Path of the record."""
+        return f"{self.folder}/record.json"
+
+    @property
+    def modules(self) -> str:
+        """Parquet table of the model's layers by part and kind: what is 4-bit, what is trained."""
+        return f"{self.folder}/modules.parquet"
+
+    @property
+    def spans(self) -> str:
+        """Parquet table of some samples as the model sees them, cut where the loss begins and ends."""
+        return f"{self.folder}/spans.parquet"
+
+    @property
+    def table(self) -> str:
+        """Parquet table of the `preflights` view, one row a finding, written last."""
+        return f"{self.folder}/findings.parquet"
+
+
+@dataclass(frozen=True)
 class EvaluationRef:
     """One evaluation of a model on a split of a snapshot."""
 

@@ -200,6 +200,23 @@ RUNS = pa.schema(
     ]
 )
 
+PREFLIGHTS = pa.schema(
+    [
+        column("preflight_id", pa.string(), "fingerprint of samples, recipe, base model, device and library versions"),
+        column("dataset", pa.string(), "dataset of the snapshot that was to be trained on"),
+        column("snapshot", pa.int64(), "number of the snapshot"),
+        column("base_model", pa.string(), "path or hub name as given"),
+        column("device", pa.string(), "device that it is to be trained on"),
+        column("check", pa.string(), "which check: loss mask, prompt, trained layers, quantisation, …"),
+        column("subject", pa.string(), "what it looked at: a sample, a part of the model, …"),
+        column("status", pa.string(), "ok; noted: deserves a look; failed: the training must not start"),
+        column("measured", pa.string(), "what was found, in words with units"),
+        column("wanted", pa.string(), "what it should be"),
+        column("remedy", pa.string(), "what to change; empty if ok"),
+        column("created_at", pa.string(), "ISO 8601, UTC"),
+    ]
+)
+
 EVALUATIONS = pa.schema(
     [
         column(

@@ -47,13 +47,12 @@ def quicken(
     passes: int,
 ) -> None:
     """Make the training of `model` in that many forward passes as fast as the recipe allows; say how in the log."""
-    on_one_gpu = placement.device.type == "cuda" and not placement.sharded
-    compiled = recipe.compile if recipe.compile is not None else on_one_gpu and passes >= COMPILING_PAYS
+    compiled = is_compiled(recipe, placement, passes)
     share = recipe.checkpointed_share
     if share is None:
         share = _share_that_fits(model, recipe, placement, examples, processor, collator, compiled=compiled)
     checkpointed = checkpoint_layers(model, share, reentrant=recipe.sharding == "zero3")
-    fused = fuse_lora(model) if on_one_gpu else 0
+    fused = fuse_lora(model) if _has_whole_model_on_gpu(placement) else 0
     if compiled:
         use_short_attention(decoder(model))
         compile_layers(model)
@@ -62,6 +61,17 @@ def quicken(
         *(checkpointed, len(decoder_layers(model)), fused),
         "compiled" if compiled else "not compiled",
     )
+
+
+def is_compiled(recipe: Recipe, placement: Placement, passes: int) -> bool:
+    """Whether a training of that many forward passes compiles its layers."""
+    if recipe.compile is not None:
+        return recipe.compile
+    return _has_whole_model_on_gpu(placement) and passes >= COMPILING_PAYS
+
+
+def _has_whole_model_on_gpu(placement: Placement) -> bool:
+    return placement.device.type == "cuda" and not placement.sharded
 
 
 def _share_that_fits(

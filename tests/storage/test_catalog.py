@@ -17,7 +17,7 @@ from storage.warehouse import Warehouse
 VIEWS = [
     *("samples", "quarantine", "signals", "embeddings", "pairs", "decisions", "curated", "snapshots"),
     *("documents", "document_decisions", "node_decisions", "interleaved"),
-    *("runs", "evaluations", "merges", "lineage"),
+    *("preflights", "runs", "evaluations", "merges", "lineage"),
 ]
 
 

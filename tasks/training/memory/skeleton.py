@@ -52,7 +52,7 @@ def skeleton_of(config: PretrainedConfig, recipe: Recipe, *, adapter_dtype: torc
     dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
     with torch.device("meta"):
         base = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
-        model = models.add_lora(base, recipe, base_model=recipe.base_model)
+        model = models.make_trainable(base, recipe, parent=None)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(adapter_dtype)

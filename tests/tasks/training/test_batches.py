@@ -148,7 +148,7 @@ def test_a_resumed_training_goes_on_with_the_batch_that_comes_next(
 def test_uneven_batches_of_a_step_count_by_their_supervised_tokens(
     squares: Squares, by_tokens: Recipe, tmp_path: Path
 ) -> None:
-    one_step = {"max_steps": 1, "gradient_checkpointing": False}
+    one_step = {"max_steps": 1, "checkpointed_share": 0}
     apart = by_tokens.model_copy(update={**one_step, "accumulation": 13})
     together = by_tokens.model_copy(update={**one_step, "tokens_per_batch": None, "batch_size": 13, "accumulation": 1})
     [cut], [whole] = (

@@ -192,7 +192,7 @@ def test_zero3_with_recomputation_is_refused_where_layers_share_keys(gemma: Path
     model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
     model.config.get_text_config().num_kv_shared_layers = 2
     zero3 = recipe.model_copy(update={"sharding": "zero3"})
-    with pytest.raises(RecipeError, match="zero3 with gradient_checkpointing would give wrong gradients, because 2"):
+    with pytest.raises(RecipeError, match="zero3 with layers computed again would give wrong gradients, because 2"):
         trainer_arguments(zero3, model)
 
 

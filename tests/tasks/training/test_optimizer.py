@@ -23,9 +23,7 @@ Squares = tuple[Warehouse, SnapshotRef]
 
 @pytest.fixture(scope="module")
 def short(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(
-        update={"max_steps": 4, "accumulation": 1, "lora_dropout": 0.0, "gradient_checkpointing": False}
-    )
+    return recipe.model_copy(update={"max_steps": 4, "accumulation": 1, "lora_dropout": 0.0, "checkpointed_share": 0})
 
 
 def run_of(squares: Squares, recipe: Recipe, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
