@@ -24,7 +24,7 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.training.base_model import BaseModel, find_base_model
 from tasks.training.documents import write_rows
-from tasks.training.gpu import visible_gpus
+from tasks.training.gpu import reserved_gpus, visible_gpus
 from tasks.training.preflight.contamination import check_contamination
 from tasks.training.preflight.finding import Finding, failures
 from tasks.training.process import run_child
