@@ -31,9 +31,13 @@ from benchmarks.record import record
 from storage.warehouse import Warehouse
 from tasks.training import model as models
 from tasks.training.child import train_model
+from tasks.training.conversations import make_collator
 from tasks.training.dataset import read_examples, write_examples
+from tasks.training.lengths import count_tokens
+from tasks.training.memory.estimate import estimate
 from tasks.training.metrics import METRICS
 from tasks.training.recipe import Recipe
+from tasks.training.template import stop_ids
 
 WARM_UP_STEPS = 4
 STEPS = 14
@@ -51,11 +55,11 @@ class Setting:
 
 
 LANGUAGE: dict[str, Any] = {"cache_vision_features": True}
-VISION: dict[str, Any] = {"lora_parts": ["language", "projector", "vision"]}
+VISION: dict[str, Any] = {"lora_parts": ("language", "projector", "vision")}
 SETTINGS = {
     "31B:trl": Setting(8, {"quantization": "nf4"}),
     "31B:language": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.0, **LANGUAGE}),
-    "31B:vision": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.25, **VISION}),
+    "31B:vision": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.2, **VISION}),
     "E4B:trl": Setting(8, {"quantization": "none"}),
     "E4B:language": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **LANGUAGE}),
     "E4B:vision": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **VISION}),
@@ -83,7 +87,7 @@ def recipe_of(setting: Setting, model: Path) -> Recipe:
 
 def train_ours(model: PreTrainedModel, processor: Any, rows: Any, recipe: Recipe, folder: Path) -> None:
     """Train as a run does, but with a model made in memory."""
-    adapted = models.add_lora(model, recipe, base_model="random")
+    adapted = models.make_trainable(model, recipe, parent=None)
     train_model(adapted, processor, rows, recipe, models.place(recipe), folder)
 
 
@@ -155,7 +159,22 @@ def measure(name: str, folder: Path, *, on_tiny: bool) -> dict[str, Any]:
     base_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     train: Callable[..., None] = train_trl if kind == "trl" else train_ours
     train(model, processor, rows, recipe, folder)
-    return {"setting": name, "base_gib": base_bytes / 2**30} | figures(folder, weights, recipe)
+    found = {"setting": name, "base_gib": base_bytes / 2**30} | figures(folder, weights, recipe)
+    if kind != "trl":
+        length = (
+            -(-int(count_tokens(rows, processor, make_collator(processor, rows, stop_ids(model))).max()) // 64) * 64
+        )
+        predicted = estimate(
+            config,
+            recipe,
+            batch=recipe.batch_size,
+            sample_tokens=length,
+            compiled=recipe.compile or False,
+            checkpointed_share=recipe.checkpointed_share or 0.0,
+        )
+        print(f"predicted: {predicted}")
+        found["predicted_peak_gib"] = predicted.peak_bytes / 2**30
+    return found
 
 
 def examples(recipe: Recipe, folder: Path) -> Any:
@@ -236,6 +255,7 @@ def _record(rows: dict[str, dict[str, Any]]) -> None:
             "tokens_per_second_vision": vision.get("tokens_per_second"),
             "tokens_per_second_trl": trl.get("tokens_per_second"),
             "peak_gib": language.get("peak_gib"),
+            "predicted_peak_gib": language.get("predicted_peak_gib"),
             "input_wait_share": language.get("input_wait_share"),
             "trainings": list(rows.values()),
         },
