@@ -100,10 +100,11 @@ def _with_sample_tokens(text: Gemma4TextConfig, vision: Gemma4VisionConfig) -> G
 
 
 def write_processor(folder: Path, config: Gemma4Config) -> Path:
-    """Write the sample's processor with the configuration's pooling of patches."""
+    """Write the sample's processor with the configuration's pooling of patches, and the configuration."""
     processor = AutoProcessor.from_pretrained(SAMPLE)
     processor.image_processor.pooling_kernel_size = config.vision_config.pooling_kernel_size
     processor.save_pretrained(folder)
+    config.save_pretrained(folder)
     return folder
 
 
