@@ -16,6 +16,7 @@ from transformers import ProcessorMixin, TrainerCallback, TrainerControl, Traine
 
 from tasks.training.collate import IGNORED
 from tasks.training.lengths import count_tokens
+from tasks.training.patches import trim_patches
 from tasks.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -92,14 +93,14 @@ class TokenBatches(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """A collator whose sequences are padded on the right to a multiple of `MULTIPLE` tokens."""
+    """A collator whose sequences are padded to a multiple of `MULTIPLE` tokens on the right, and its images little."""
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     pad_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the collator's batch with longer input_ids, attention_mask, labels and token types."""
-        batch = dict(self.collator(rows))
+        batch = trim_patches(dict(self.collator(rows)))
         fill = {"input_ids": self.pad_id, "labels": IGNORED, "attention_mask": 0}
         fill |= {"token_type_ids": 0, "mm_token_type_ids": 0}
         missing = -batch["input_ids"].shape[1] % MULTIPLE

@@ -15,7 +15,7 @@ from tasks.training import fit
 from tasks.training import model as models
 from tasks.training.families import parts_of
 from tasks.training.fit import train
-from tasks.training.full import PARTS, is_saved_in_full, save_weights
+from tasks.training.full import PARTS, is_saved_in_full
 from tasks.training.recipe import Recipe, RecipeError
 
 PROJECTOR = "model.embed_vision.embedding_projection.weight"
@@ -62,7 +62,7 @@ def test_what_was_trained_comes_back_on_the_base_model(gemma: Path, projector_on
 
 def test_weights_kept_in_bf16_take_half_the_space(gemma: Path, projector_only: Recipe, tmp_path: Path) -> None:
     model = models.make_trainable(load(gemma, projector_only), projector_only, parent=None)
-    save_weights(model, tmp_path, parts=("projector",), dtype=torch.bfloat16)
+    models.save_trained(model, tmp_path, projector_only, dtype=torch.bfloat16)
     [file] = tmp_path.glob("*.safetensors")
     assert load_file(file)[PROJECTOR].dtype == torch.bfloat16
 

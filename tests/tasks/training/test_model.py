@@ -189,6 +189,7 @@ def test_nothing_in_the_code_trusts_remote_code() -> None:
 def test_with_method_full_auto_is_unquantized_on_any_machine(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert models.place(recipe).four_bit
     assert not models.place(recipe.model_copy(update={"method": "full", "full_parts": ("language",)})).four_bit
 
