@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Params4bit
-from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationConfig, PreTrainedModel, set_seed
+from transformers import AutoProcessor, set_seed
 
-from benchmarks.gpu.qlora_smoke import IMAGE_TOKENS, SAMPLE, build_config, publish_scenes
+from benchmarks.gpu.qlora_smoke import IMAGE_TOKENS
+from benchmarks.gpu.scenes import publish_scenes
+from benchmarks.gpu.shapes import SAMPLE, gemma4_31b, random_model
 from benchmarks.record import record
 from storage.warehouse import Warehouse
 from tasks.training import distributed
@@ -44,7 +45,14 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if config["layers"]:
         processor.image_processor.pooling_kernel_size = 3
         processor.image_processor.max_soft_tokens = processor.image_seq_length = IMAGE_TOKENS
-        base = random_model(config["layers"], placement)
+        storage = placement.dtype if placement.sharded else torch.uint8
+        base = random_model(
+            gemma4_31b(config["layers"]),
+            four_bit=placement.four_bit,
+            device=placement.device,
+            dtype=placement.dtype,
+            storage=storage,
+        )
     else:
         base = models.load_model(SAMPLE, placement)
     set_seed(recipe.seed)
@@ -66,41 +74,6 @@ def measure_memory_from_second_step(model: torch.nn.Module, passes: int) -> None
             torch.cuda.reset_peak_memory_stats()
 
     model.register_forward_pre_hook(forget)
-
-
-def random_model(layers: int, placement: models.Placement) -> PreTrainedModel:
-    """Build a random model of `build_config` on the GPU, its decoder in NF4 if asked; the same in every process."""
-    torch.manual_seed(0)
-    with placement.device:
-        model: Any = AutoModelForMultimodalLM.from_config(build_config(layers), dtype=placement.dtype)
-    model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
-    if placement.four_bit:
-        inside = models.decoder_name(model) + "."
-        for name in [name for name in models.linear_names(model) if name.startswith(inside)]:
-            model.set_submodule(name, quantized(model.get_submodule(name), placement))
-        model.is_loaded_in_4bit, model.hf_device_map = True, {"": placement.device}
-    models.check_quantization(model, four_bit=placement.four_bit)
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
-def quantized(linear: Any, placement: models.Placement) -> torch.nn.Module:
-    """Return the layer in NF4, as `models.load_model` would have loaded it."""
-    storage = placement.dtype if placement.sharded else torch.uint8
-    layer = Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=placement.dtype,
-        quant_type="nf4",
-        quant_storage=storage,
-        device="meta",
-    )
-    layer.weight = Params4bit(
-        linear.weight.data, requires_grad=False, quant_type="nf4", quant_storage=storage, module=layer
-    )
-    layer.bias = linear.bias
-    return layer.to(placement.device)
 
 
 def measure(recipe: Recipe, examples: Path, layers: int) -> dict[str, Any]:
@@ -157,11 +130,11 @@ def main() -> None:
         ways.append((args.gpus, args.sharding))  # accelerate shards on GPUs only
     with tempfile.TemporaryDirectory() as folder:
         warehouse = Warehouse(f"{folder}/warehouse")
-        snapshot = publish_scenes(warehouse, samples=args.batch * args.accumulation * 4)
+        snapshot = publish_scenes(warehouse, samples=args.batch * args.accumulation * 4, size=(480, 480))
         recipe = Recipe(
             base_model=str(SAMPLE),
             quantization=args.quantization,
-            lora_dropout=0,  # each process draws its own, and losses would differ
+            checkpointed_share=1.0,
             max_steps=args.steps,
             save_steps=args.steps + 1,
             batch_size=args.batch,

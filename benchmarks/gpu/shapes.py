@@ -108,16 +108,23 @@ def write_processor(folder: Path, config: Gemma4Config) -> Path:
     return folder
 
 
-def random_model(config: Gemma4Config, *, four_bit: bool, device: str = "cuda") -> PreTrainedModel:
-    """Make a model in bfloat16, the linears of its decoder in NF4 (double quantisation) if `four_bit`."""
+def random_model(
+    config: Gemma4Config,
+    *,
+    four_bit: bool,
+    device: str | torch.device = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    storage: torch.dtype = torch.uint8,
+) -> PreTrainedModel:
+    """Make a model in `dtype`; if `four_bit`, its decoder's linears in NF4, doubly quantised, packed in `storage`."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
     torch.manual_seed(0)
     decoder = decoder_name(model) + "."
     for name, module in list(model.named_modules()):
         if four_bit and isinstance(module, nn.Linear) and name.startswith(decoder):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _packed(module, device))
+            setattr(model.get_submodule(parent), leaf, _packed(module, device, storage))
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if weight.is_meta:
@@ -138,21 +145,29 @@ def _mark_quantized(model: Any) -> None:
     model.is_quantized = model.is_loaded_in_4bit = True
 
 
-def _packed(linear: nn.Linear, device: str) -> Linear4bit:
+def _packed(linear: nn.Linear, device: str | torch.device, storage: torch.dtype) -> Linear4bit:
     packed = Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, True, "nf4", device="meta"
+        *(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype, True, "nf4"),
+        quant_storage=storage,
+        device="meta",
     )
-    weight = torch.randn(linear.out_features, linear.in_features, dtype=torch.bfloat16, device=device) * STD
-    packed.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to(device)
-    return packed
+    packed.weight = Params4bit(
+        _normal(linear.weight, device),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=True,
+        quant_storage=storage,
+        module=packed,
+    )
+    return packed.to(device)
 
 
-def _random(weight: nn.Parameter, module: nn.Module, device: str) -> nn.Parameter:
+def _random(weight: nn.Parameter, module: nn.Module, device: str | torch.device) -> nn.Parameter:
     value = torch.ones_like(weight, device=device) if "Norm" in type(module).__name__ else _normal(weight, device)
     return nn.Parameter(value, requires_grad=weight.requires_grad)
 
 
-def _normal(weight: torch.Tensor, device: str) -> torch.Tensor:
+def _normal(weight: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     return torch.randn(weight.shape, dtype=weight.dtype, device=device).mul_(STD)
 
 

@@ -27,7 +27,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from benchmarks.gpu.scenes import publish_scenes
 from benchmarks.gpu.shapes import SHAPES, random_model, tiny, write_processor
-from benchmarks.record import record
+from benchmarks.record import RESULTS, record
 from storage.warehouse import Warehouse
 from tasks.training import model as models
 from tasks.training.child import train_model
@@ -39,8 +39,8 @@ from tasks.training.metrics import METRICS
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
 
-WARM_UP_STEPS = 4
-STEPS = 14
+WARM_UP_STEPS = 3
+STEPS = 10
 SAMPLES = 256
 PEAK_FLOPS = 989e12
 """Dense bfloat16 operations a second of an H100 SXM."""
@@ -59,7 +59,7 @@ VISION: dict[str, Any] = {"lora_parts": ("language", "projector", "vision")}
 SETTINGS = {
     "31B:trl": Setting(8, {"quantization": "nf4"}),
     "31B:language": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.0, **LANGUAGE}),
-    "31B:vision": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.2, **VISION}),
+    "31B:vision": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.1, **VISION}),
     "E4B:trl": Setting(8, {"quantization": "none"}),
     "E4B:language": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **LANGUAGE}),
     "E4B:vision": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **VISION}),
@@ -246,7 +246,13 @@ def _in_process(name: str, *, on_tiny: bool) -> dict[str, Any] | None:
         return found
 
 
-def _record(rows: dict[str, dict[str, Any]]) -> None:
+def _record(found: dict[str, dict[str, Any]]) -> None:
+    """Record the figures; settings that were not measured now keep those they had on the same kind of device."""
+    device = torch.cuda.get_device_name(0)
+    path = RESULTS / "gpu_train.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = before.get("trainings", []) if before.get("device") == device else []
+    rows = {row["setting"]: row for row in kept} | found
     language, vision, trl = (rows.get(f"31B:{kind}", {}) for kind in ("language", "vision", "trl"))
     record(
         "gpu_train",
@@ -257,9 +263,9 @@ def _record(rows: dict[str, dict[str, Any]]) -> None:
             "peak_gib": language.get("peak_gib"),
             "predicted_peak_gib": language.get("predicted_peak_gib"),
             "input_wait_share": language.get("input_wait_share"),
-            "trainings": list(rows.values()),
+            "trainings": [rows[name] for name in SETTINGS if name in rows],
         },
-        device=torch.cuda.get_device_name(0),
+        device=device,
     )
 
 
