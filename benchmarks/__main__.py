@@ -25,6 +25,8 @@ ON_REQUEST = {"peers"}
 """Run only when named: it installs gigabytes of other tools."""
 GPU_BENCHMARKS = {
     "gpu_qlora": "QLoRA from snapshot to merged model on one GPU, with six layers of the 31B's width.",
+    "gpu_train": "Fine-tuning random Gemma 4 models from real shards on one GPU: TRL as documented, and ours.",
+    "gpu_scaling_fsdp": "The same training on one GPU and on two: whole model on each, and shared (FSDP2).",
     "gpu_semantic": "Semantic pairs on one GPU, beside those found without it.",
 }
 
@@ -63,7 +65,8 @@ def page() -> str:
 def section(name: str, about: str, result: dict[str, Any]) -> str:
     """Return one result as a Markdown section with a table of its figures."""
     meta = {"details", "command", "device", "date", "commit", "python", "versions"}
-    figures = {key: value for key, value in result.items() if key not in meta}
+    tables = {key: value for key, value in result.items() if isinstance(value, list)}
+    figures = {key: value for key, value in result.items() if key not in meta | tables.keys()}
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     rows = [
         f"| {key} | {value:,.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
@@ -80,6 +83,7 @@ def section(name: str, about: str, result: dict[str, Any]) -> str:
             "|:--|--:|",
             *rows,
             "",
+            *(line for table in tables.values() for line in [*many(table), ""]),
             *(["| detail | |", "|:--|:--|", *details, ""] if details else []),
             f"`{result['command']}` on {result['device']}, {result['date']}, commit {result['commit']}, "
             f"Python {result['python']}; {versions}.",
@@ -88,8 +92,17 @@ def section(name: str, about: str, result: dict[str, Any]) -> str:
     )
 
 
+def many(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table with a line for each row."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    head = [f"| {' | '.join(names)} |", f"|:--|{'--:|' * (len(names) - 1)}"]
+    return head + [f"| {' | '.join(show(row.get(name)) for name in names)} |" for row in rows]
+
+
 def show(value: Any) -> str:
     """Return a detail as one table cell."""
+    if value is None:
+        return ""
     if isinstance(value, dict):
         return "; ".join(f"{key}: {show(inner)}" for key, inner in value.items())
     if isinstance(value, float):

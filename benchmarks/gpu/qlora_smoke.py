@@ -51,7 +51,7 @@ def figures_of(run: RunRef, warehouse: Warehouse) -> dict[str, float | int | str
         "peak_memory_gib": (result["peak_memory_bytes"] or 0) / 2**30,
         "four_bit_layers": result["four_bit_layers"],
         "lora_layers": result["lora_layers"],
-        "lora_weights_millions": result["lora_weights"] / 1e6,
+        "lora_weights_millions": result["trained_weights"] / 1e6,
         "first_loss": warehouse.read_table(f"{run.folder}/metrics.parquet")["loss"][0].as_py(),
         "last_loss": result["train_loss"],
     }
