@@ -128,9 +128,9 @@ def checkpoint_layers(model: PeftModel | PreTrainedModel, share: float, *, reent
     """Compute the activations of this share (0–1) of the decoder's layers again in the backward pass; return how many.
 
     The layers are spread evenly. Layers outside the language model are computed again if anything in them is trained.
-    Transformers' own switch does the same for all layers, and makes the inputs of every tower need gradients: through a
-    frozen vision tower that costs a backward pass that leads nowhere. `reentrant` is for DeepSpeed, which can't do
-    without; it gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
+    Trainers' own switch does it for all layers, and makes the inputs of every tower need gradients: through a frozen
+    vision tower such as CLIP's that costs a backward pass that leads nowhere. `reentrant` is for DeepSpeed, which
+    can't do without; it gives wrong gradients where layers share keys and values (Gemma 4 E2B and E4B).
     """
     layers = decoder_layers(model)
     inside = {id(layer) for layer in layers}
