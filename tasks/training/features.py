@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from tasks.training.families import decoder_name
+from tasks.training.ranks import world_size
 from tasks.training.recipe import Recipe, RecipeError
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,9 @@ def with_features(
         return collator
     wanted = epochs >= PAYS_AFTER_EPOCHS if recipe.cache_vision_features is None else recipe.cache_vision_features
     if not wanted:
+        return collator
+    if world_size() > 1:
+        log.info("images are computed anew each time: %d processes would write the same features", world_size())
         return collator
     on_gpu = base.device.type == "cuda"
     workers = min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0

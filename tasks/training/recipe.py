@@ -177,7 +177,7 @@ class Recipe(BaseModel):
     sharding: Literal["none", "fsdp", "zero3"] = Field(
         default="none",
         description="What several GPUs share: none gives each a whole model (data parallel); fsdp (FSDP2) and zero3 "
-        "(DeepSpeed ZeRO-3) give each a part of every layer, for models too large for one. 4-bit models need fsdp.",
+        "(DeepSpeed ZeRO-3) leave each a part of every layer once all have loaded it. 4-bit models need fsdp.",
     )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
