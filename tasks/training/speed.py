@@ -20,7 +20,7 @@ from tasks.training.attention import use_short_attention
 from tasks.training.batches import MULTIPLE
 from tasks.training.families import decoder_name
 from tasks.training.fused_lora import fuse_lora
-from tasks.training.lengths import count_tokens
+from tasks.training.lengths import LengthError, count_tokens
 from tasks.training.memory.fits import checkpointed_share_for
 from tasks.training.model import Placement
 from tasks.training.recipe import Recipe
@@ -89,7 +89,11 @@ def _share_that_fits(
         return 0.0
     if placement.sharded:
         return 1.0
-    longest = -(-int(count_tokens(examples, processor, collator).max()) // MULTIPLE) * MULTIPLE
+    try:
+        longest = -(-int(count_tokens(examples, processor, collator).max()) // MULTIPLE) * MULTIPLE
+    except LengthError as error:
+        log.info("all layers are computed again in the backward pass, because memory can't be predicted: %s", error)
+        return 1.0
     return checkpointed_share_for(
         _base(model).config,
         recipe,
