@@ -171,7 +171,7 @@ def test_a_run_that_is_killed_and_then_stopped_ends_like_an_undisturbed_one(
 
     def stop_child(line: str) -> None:
         if line.startswith("going on from checkpoint-"):
-            [child] = psutil.Process().children()
+            [child] = [c for c in psutil.Process().children() if "tasks.training.child" in c.cmdline()]
             child.terminate()
 
     with pytest.raises(TrainingStopped, match=rf"run {run.run_id}: stopped after step \d of 8; it goes on from there"):
