@@ -232,7 +232,7 @@ def found(case: Case) -> tuple[dict[str, Verdict], Funnel]:
         return verdicts, Funnel.from_dict(record.result)  # type: ignore[return-value]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases)
 def test_every_verdict_is_that_of_the_rules_written_out(case: Case) -> None:
     verdicts, funnel = found(case)

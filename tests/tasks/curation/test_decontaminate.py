@@ -56,7 +56,7 @@ def found_pairs(warehouse, *pools, max_distance=4) -> tuple[PairsRef, list[Signa
 CODES = st.dictionaries(st.from_regex(r"[a-z]{1,2}", fullmatch=True), st.integers(0, 63), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(own=CODES, exam=CODES, max_distance=st.integers(0, 4))
 def test_the_nearest_evaluation_sample_is_named(tmp_path_factory, own, exam, max_distance):
     warehouse = Warehouse(str(tmp_path_factory.mktemp("w")))

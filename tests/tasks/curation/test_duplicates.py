@@ -126,7 +126,7 @@ rules_of = st.tuples(
 ).flatmap(st.permutations)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(samples, rules_of)
 def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, rules):
     found = choose_survivors(drawn.evidence, rules, candidates=np.array(drawn.candidates, np.int64))
@@ -151,7 +151,7 @@ def test_survivors_equal_a_loop_over_all_pairs_of_samples(drawn, rules):
         np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(samples, st.permutations(["perceptual", "bytes"]), st.integers(0, 3), confirmations)
 def test_of_each_component_of_candidates_the_best_survives(drawn, kinds, max_distance, confirm):
     rule = Rule(tuple(kinds), max_distance, "components", confirm)
@@ -174,7 +174,7 @@ def test_of_each_component_of_candidates_the_best_survives(drawn, kinds, max_dis
             assert survivor in (nearest if sample not in component else {component[sample]})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(samples, rules_of, st.integers(0, 2))
 def test_whatever_the_rules_a_survivor_is_a_candidate_that_stays(drawn, rules, place):
     rules = [replace(rule, method="components") if at == place else rule for at, rule in enumerate(rules)]

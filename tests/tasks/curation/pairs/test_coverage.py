@@ -60,7 +60,7 @@ tables = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(tables, st.sets(st.sampled_from("abcdef")))
 def test_what_is_read_and_what_is_left_cover_every_pair_of_shards_once_made(made, shards):
     known = [table(str(at), new, old - new) for at, (new, old) in enumerate(made)]
