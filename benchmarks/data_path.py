@@ -5,7 +5,6 @@ Also what counting tokens takes, and how much of a batch is padding with and wit
 
 import argparse
 import io
-import random
 import tempfile
 import time
 from collections.abc import Iterable
@@ -14,17 +13,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks.gpu.scenes import publish_scenes
 from benchmarks.record import record
-from storage.schema import CURATED
-from storage.snapshot import Draft, FileEntry, commit
 from storage.warehouse import Warehouse
-from tasks.curation.scene import describe, draw_scene, render
 from tasks.training import model as models
 from tasks.training.batches import PaddedCollator, TokenBatches
 from tasks.training.conversations import make_collator
@@ -93,27 +89,8 @@ def main() -> None:
 
 def scenes(folder: Path, samples: int) -> Dataset:
     """Publish drawn scenes as JPEGs of 640×480 pixels in a shard, and return them as a training reads them."""
-    rng, rows = random.Random(0), []
-    for at in range(samples):
-        scene, picture = draw_scene(rng), io.BytesIO()
-        render(scene, size=(640, 480), seed=at).save(picture, "JPEG")
-        image = {"bytes": picture.getvalue(), "path": f"{at}.jpg"}
-        rows.append({"sample_id": f"{at:032x}", "image": image, "caption": describe(scene, rng), "split": "train"})
-    warehouse, path = Warehouse(str(folder)), "snapshots/scenes/curated/scenes.parquet"
-    warehouse.write_table(path, pa.Table.from_pylist(rows, schema=CURATED))
-    entry = FileEntry(path=path, rows=len(rows), bytes=0, sha256="scenes", pool_shard="scenes")
-    draft = Draft(
-        pool="scenes",
-        pool_shards=("scenes",),
-        policy={},
-        signals={},
-        pairs={},
-        decisions=(),
-        curated=(entry,),
-        published=None,
-        counts={},
-    )
-    snapshot = commit(warehouse, "scenes", lambda latest: draft).ref
+    warehouse = Warehouse(str(folder))
+    snapshot = publish_scenes(warehouse, samples=samples, size=(640, 480))
     recipe = Recipe(base_model="sample")
     return read_examples(
         write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=folder / "examples.arrow").path
