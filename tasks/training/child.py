@@ -26,6 +26,7 @@ from tasks.training.child_side import Stopped
 from tasks.training.conversations import check_loss, make_collator
 from tasks.training.dataset import read_examples
 from tasks.training.divergence import Diverged, remember, versions
+from tasks.training.families import without_adapter
 from tasks.training.features import with_features
 from tasks.training.interruption import StopWhenAsked
 from tasks.training.metrics import KeepMetrics, peak_memory, read_metrics
@@ -95,15 +96,15 @@ def train_model(
     before the first step if the loss would cover what it should not, `OutOfMemory` if a single sample does not fit,
     `Diverged` at a loss that is not finite, and `Stopped` when SIGTERM ended it early, with a checkpoint.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
+    base = without_adapter(model)
     rendered = make_collator(processor, examples, stop_ids(base))
     check_loss(rendered, islice(examples, CHECKED_ROWS))
-    order = _order(examples, processor, rendered, recipe, workers=_workers(placement))
+    workers = _workers(placement)
+    order = _order(examples, processor, rendered, recipe, workers=workers)
     steps = _count_steps(order, recipe) if isinstance(order, TokenBatches) else order.steps
     passes = steps * recipe.accumulation  # forward passes
     epochs = passes / len(order) if isinstance(order, TokenBatches) else len(order) / len(examples)
-    collator: Collator = with_features(rendered, model, examples, recipe, epochs=epochs, folder=folder)
+    collator: Collator = with_features(rendered, model, examples, recipe, epochs=epochs, folder=folder, workers=workers)
     if placement.device.type == "cuda" or isinstance(order, TokenBatches):  # compiled layers see few shapes
         collator = PaddedCollator(collator, cast(Any, processor).tokenizer.pad_token_id)
     stop = StopWhenAsked()

@@ -124,8 +124,7 @@ def parts_of(model: PreTrainedModel | PeftModel) -> Parts:
     A model of no known family has language, head and other. Raises `ModelError` if a known family's model does not
     look like one.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
+    base = without_adapter(model)
     language = decoder_name(base)
     roots: dict[str, Part] = {language: "language"}
     family = find_family(base.config.model_type)
@@ -139,6 +138,13 @@ def parts_of(model: PreTrainedModel | PeftModel) -> Parts:
         roots |= {name: part for name, part in family.beside_language() if name in modules}
     roots |= {name: "head" for name, module in base.named_modules() if module is base.get_output_embeddings()}
     return Parts(roots)
+
+
+def without_adapter(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model itself, which may be wrapped by PEFT."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def decoder_name(model: PreTrainedModel) -> str:

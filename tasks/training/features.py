@@ -6,7 +6,6 @@ The features lie in one file, memory-mapped, in the model's own precision; a bat
 import inspect
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from tasks.training.families import decoder_name
+from tasks.training.families import decoder_name, without_adapter
 from tasks.training.ranks import world_size
 from tasks.training.recipe import Recipe, RecipeError
 
@@ -122,13 +121,21 @@ class _Pooled:
 
 
 def with_features(
-    collator: Collator, model: PeftModel | PreTrainedModel, rows: Any, recipe: Recipe, *, epochs: float, folder: Path
+    collator: Collator,
+    model: PeftModel | PreTrainedModel,
+    rows: Any,
+    recipe: Recipe,
+    *,
+    epochs: float,
+    folder: Path,
+    workers: int = 0,
 ) -> Collator:
     """Return `collator`, giving features in place of images if the recipe wants that and the model allows it.
 
-    From then on `model` takes such batches. Says in the log what was decided, and why.
+    From then on `model` takes such batches. `workers` processes prepare the images. Says in the log what was decided,
+    and why.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     outside = [w for name, w in base.named_parameters() if not name.startswith(decoder_name(base) + ".")]
     if any(weight.requires_grad for weight in outside):
         if recipe.cache_vision_features:
@@ -140,8 +147,6 @@ def with_features(
     if world_size() > 1:
         log.info("images are computed anew each time: %d processes would write the same features", world_size())
         return collator
-    on_gpu = base.device.type == "cuda"
-    workers = min(8, (os.cpu_count() or 1) - 1) if on_gpu else 0
     started = time.monotonic()
     try:
         with torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16):

@@ -33,6 +33,7 @@ from tasks.training.families import (
     missing_part,
     parts_of,
     whole_modules,
+    without_adapter,
 )
 from tasks.training.full import is_saved_in_full, load_weights, save_weights, train_in_full
 from tasks.training.ranks import is_first, local_rank, world_size
@@ -297,7 +298,7 @@ def save_trained(model: PeftModel | PreTrainedModel, folder: Path, recipe: Recip
 
 def lora_names(model: PeftModel | PreTrainedModel) -> list[str]:
     """Return the names, in the base model, of the layers that carry LoRA; none if the model has no adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 

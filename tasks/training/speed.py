@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.training.attention import use_short_attention
 from tasks.training.batches import MULTIPLE
-from tasks.training.families import decoder_name
+from tasks.training.families import decoder_name, without_adapter
 from tasks.training.fused_lora import fuse_lora
 from tasks.training.lengths import LengthError, count_tokens
 from tasks.training.memory.fits import checkpointed_share_for
@@ -95,7 +95,7 @@ def _share_that_fits(
         log.info("all layers are computed again in the backward pass, because memory can't be predicted: %s", error)
         return 1.0
     return checkpointed_share_for(
-        _base(model).config,
+        without_adapter(model).config,
         recipe,
         torch.cuda.get_device_properties(placement.device).total_memory,
         batch=max(1, (recipe.tokens_per_batch or longest * recipe.batch_size) // longest),
@@ -105,15 +105,9 @@ def _share_that_fits(
     )
 
 
-def _base(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
-
-
 def decoder(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """Return the language model without its head."""
-    base = _base(model)
+    base = without_adapter(model)
     found = base.get_submodule(decoder_name(base))
     assert isinstance(found, PreTrainedModel)
     return found
@@ -139,12 +133,12 @@ def checkpoint_layers(model: PeftModel | PreTrainedModel, share: float, *, reent
     layers = decoder_layers(model)
     inside = {id(layer) for layer in layers}
     chosen = [layer for at, layer in enumerate(layers) if int((at + 1) * share) > int(at * share)]
-    outside = [layer for layer in _layers(_base(model)) if id(layer) not in inside]
+    outside = [layer for layer in _layers(without_adapter(model)) if id(layer) not in inside]
     for layer in chosen + [layer for layer in outside if share and _is_trained(layer)]:
         setattr(layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=reentrant))  # noqa: B010
         layer.gradient_checkpointing = True
     if reentrant and chosen:
-        _base(model).enable_input_require_grads()
+        without_adapter(model).enable_input_require_grads()
     return len(chosen)
 
 
@@ -153,7 +147,7 @@ def compile_layers(model: PeftModel | PreTrainedModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     # What the next matrix product reads is cheap to compute again from what is kept anyway: 30 % less memory a layer.
     torch._functorch.config.ban_recompute_materialized_backward = False
-    for layer in _layers(_base(model)):
+    for layer in _layers(without_adapter(model)):
         layer.compile(dynamic=False)
 
 

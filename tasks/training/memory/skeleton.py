@@ -14,6 +14,7 @@ from transformers import AutoModelForMultimodalLM, PretrainedConfig, PreTrainedM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.training import model as models
+from tasks.training.families import without_adapter
 from tasks.training.memory.rehearsal import Allocations, AsOnGPU, Footprint, rehearse, rehearse_frozen, size
 from tasks.training.model import ModelError
 from tasks.training.recipe import Recipe
@@ -67,8 +68,7 @@ class Skeleton:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, four_bit: bool, dtype: torch.dtype) -> None:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, PreTrainedModel)
+        base = without_adapter(model)
         self.model, self.base, self.four_bit, self.dtype = model.train(), base, four_bit, dtype
         self.config = base.config
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from tasks.training.collate import CompletionCollator
 from tasks.training.conversations import ConversationCollator
+from tasks.training.families import without_adapter
 from tasks.training.lengths import count_tokens
 from tasks.training.model import Placement
 from tasks.training.recipe import Recipe
@@ -44,9 +45,7 @@ class Setup:
     @property
     def base(self) -> PreTrainedModel:
         """The model without the adapter around it."""
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        assert isinstance(model, PreTrainedModel)
-        return model
+        return without_adapter(self.model)
 
     @cached_property
     def lengths(self) -> np.ndarray:
