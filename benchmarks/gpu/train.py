@@ -62,10 +62,10 @@ SETTINGS = {
     "31B:vision": Setting(10, {"quantization": "nf4", "checkpointed_share": 0.1, **VISION}),
     "E4B:trl": Setting(8, {"quantization": "none"}),
     "E4B:language": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **LANGUAGE}),
-    "E4B:vision": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **VISION}),
+    "E4B:vision": Setting(24, {"quantization": "none", "checkpointed_share": 0.2, **VISION}),
     "E2B:trl": Setting(8, {"quantization": "none"}),
     "E2B:language": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **LANGUAGE}),
-    "E2B:vision": Setting(32, {"quantization": "none", "checkpointed_share": 0.0, **VISION}),
+    "E2B:vision": Setting(32, {"quantization": "none", "checkpointed_share": 0.2, **VISION}),
 }
 
 
@@ -226,11 +226,14 @@ def main() -> None:
         result = measure(args.only[0], args.here, on_tiny=args.tiny)
         (args.here / "figures.json").write_text(json.dumps(result))
         return
-    table = [found for name in args.only if (found := _in_process(name, on_tiny=args.tiny))]
-    for row in table:
+    table: dict[str, dict[str, Any]] = {}
+    for name in args.only:
+        if found := _in_process(name, on_tiny=args.tiny):
+            table[name] = found
+            if not args.tiny:
+                _record(table)  # after each: a run that is cut short leaves what it measured
+    for row in table.values():
         print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    if not args.tiny:
-        _record({row["setting"]: row for row in table})
 
 
 def _in_process(name: str, *, on_tiny: bool) -> dict[str, Any] | None:
