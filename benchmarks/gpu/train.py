@@ -177,10 +177,10 @@ def measure(name: str, folder: Path, *, on_tiny: bool) -> dict[str, Any]:
     return found
 
 
-def examples(recipe: Recipe, folder: Path) -> Any:
+def examples(recipe: Recipe, folder: Path, *, samples: int = SAMPLES) -> Any:
     """Rows read back from the shards of a published snapshot."""
     warehouse = Warehouse(str(folder / "warehouse"))
-    snapshot = publish_scenes(warehouse, samples=SAMPLES, size=(480, 480))
+    snapshot = publish_scenes(warehouse, samples=samples, size=(480, 480))
     path = folder / "examples.arrow"
     write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=path)
     return read_examples(path)
