@@ -28,6 +28,7 @@ GPU_BENCHMARKS = {
     "gpu_train": "Fine-tuning random Gemma 4 models from real shards on one GPU: TRL as documented, and ours.",
     "gpu_equal": "Loss and gradients of the fast path and of the plain one on one GPU, in float32 and in bfloat16.",
     "gpu_scaling_fsdp": "The same training on one GPU and on two: whole model on each, and shared (FSDP2).",
+    "gpu_scaling_full": "Training in full from files on one GPU and on two, by FSDP2 and ZeRO-3; memory of each GPU.",
     "gpu_semantic": "Semantic pairs on one GPU, beside those found without it.",
 }
 
