@@ -49,7 +49,7 @@ def main(settings: dict[str, object], result: Path) -> None:
         ingest(source, pool="peers", warehouse=warehouse)
     pool = read_pool(warehouse, "peers")
     lap("ingest")
-    signals = build_signals(SignalSettings(measure=("size", "caption", "perceptual")))
+    signals = build_signals(SignalSettings(measure=("size", "caption", "perceptual"), phash_decode="scaled"))
     for shard in pool.shards:
         score_shard(shard, signals, warehouse=warehouse)
     lap("score")
