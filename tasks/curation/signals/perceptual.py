@@ -25,10 +25,10 @@ Measured: re-encoding or resizing moves the hash of photograph-like noise by mor
 """
 
 
-SCALED_SIDE = 56
-"""Pixels that a JPEG decoded at reduced size has at least on either side: 1.75 for each of the thumbnail's.
+SCALED_SIDE = 96
+"""Pixels that a JPEG decoded at reduced size has at least on either side: three for each of the thumbnail's.
 
-Measured: with fewer, the hash of finely structured photographs moves by more than 4 bits; more make no difference.
+Measured: with two, the hash of a brick wall moves by 6 bits.
 """
 
 Decoding = Literal["full", "scaled"]
