@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal
 
 from storage.fingerprint import fingerprint
@@ -113,12 +112,13 @@ def ingest_file(
 def _added(writer: PoolWriter, file: SourceFile, shard_samples: int) -> Iterator[Added]:
     """Add a file's chunks in order, each while the next one is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="add") as thread:
-        # map lets go of a chunk once it is handed over; a loop variable would hold it while the next is read
-        adding: Iterator[Future[Added]] = map(
-            partial(thread.submit, writer.add, path=file.uri), _chunks(file, shard_samples)
-        )
+
+        def begin(chunk: list[Row]) -> Future[Added]:
+            return thread.submit(writer.add, chunk, file.uri)
+
         last: Future[Added] | None = None
-        for begun in adding:
+        # map lets go of a chunk once it is handed over; a loop variable would hold it while the next is read
+        for begun in map(begin, _chunks(file, shard_samples)):
             if last is not None:
                 yield last.result()
             last = begun

@@ -40,10 +40,12 @@ class PerceptualHash(Signal):
     median. Robust to re-encoding and scaling, not to cropping, rotation or mirroring.
 
     Decoded in `full`, it is `imagehash.phash` bit for bit on the same pixels. With `scaled`, JPEGs are decoded only as
-    far as `SCALED_SIDE` asks for; all else, and JPEGs less than twice that size, as before. That saves more than half
-    of the time where no other signal needs the pixels, and costs time where one does.
+    far as `SCALED_SIDE` asks for; all else, and JPEGs less than twice that high or wide, as before. That takes half of
+    the time where no other signal needs the pixels, and a quarter more where one does.
 
-    DRIFT
+    What that changes, measured on 66 photographs and parts of them at three qualities: 0.33 bits on average, 4 at most,
+    no more at 1/8 of the size than at 4/8, nor at quality 50 than at 95. Of their copies, re-encoded, scaled by half to
+    one and a half, or as WebP or PNG, 99.8 % are within 4 bits instead of all. White noise can move by 8.
     """
 
     decoding: Decoding = "full"

@@ -189,7 +189,7 @@ def test_a_reduced_image_is_hashed_upright(orientation: int) -> None:
 
 def test_all_but_large_jpegs_hash_as_in_full() -> None:
     small = encoded(photograph(500, 191), "JPEG")  # more than half of its size is needed
-    some = [data for data in FILES.values()] + [small, encoded(photograph(500, 300), "PNG")]
+    some = [*FILES.values(), small, encoded(photograph(500, 300), "PNG")]
     assert codes(some, "scaled").tolist() == codes(some, "full").tolist()
 
 
