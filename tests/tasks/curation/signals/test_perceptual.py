@@ -10,11 +10,11 @@ from PIL import Image, ImageOps, __version__
 from skimage.data import astronaut, brick, chelsea, coffee, rocket
 
 from storage.warehouse import Warehouse
-from tasks.curation.decode import EncodedImage, Pixels
+from tasks.curation.decode import EncodedImage
 from tasks.curation.scene import draw_scene, render
 from tasks.curation.signals.perceptual import Decoding, PerceptualHash, phash
 from tasks.curation.signals.thumbnail import thumbnail, thumbnail_of_grey
-from tests.tasks.curation.images import encoded, kinds_of_files, measured, oriented, photograph
+from tests.tasks.curation.images import encoded, kinds_of_files, measured, oriented, photograph, pixels_of
 
 needs_pillow_13 = pytest.mark.skipif(
     int(__version__.split(".")[0]) < 13, reason="before Pillow 13 tall images were reduced in the other order"
@@ -114,10 +114,7 @@ def test_an_undecodable_image_has_no_hash(warehouse: Warehouse) -> None:
 def codes(files: list[bytes], decoding: Decoding) -> np.ndarray:
     """The hashes of files, without a warehouse."""
     signal = PerceptualHash(decoding)
-    views = [
-        signal.view(Pixels(EncodedImage(data), lambda header: np.empty(3 * header.width * header.height, np.uint8)))
-        for data in files
-    ]
+    views = [signal.view(pixels_of(data)) for data in files]
     return phash(np.stack(views))
 
 
