@@ -54,7 +54,9 @@ QUIET_LOAD = 1.0
 NOT_COMPARABLE = {
     "special characters": "Data-Juicer counts white space and digits among them, Tamis and the script do not; captions "
     "here are far from the limit by either count, so that the survivors are the same",
-    "perceptual hash": "three definitions of pHash; equal ones are removed, and the only equal images are copies",
+    "perceptual hash": "three definitions of pHash; equal ones are removed, and the only equal images are copies. "
+    "Tamis takes its own from JPEGs decoded at a quarter of their size (phash_decode: scaled), the others at full size",
+    "imports": "what a tool imports before it begins is in the time of its whole process only",
     "output": "Tamis copies images into its pool and its snapshot and keeps all measurements and pairs to 4 bits; the "
     "others write the rows that are left, which name image files",
     "imagededup, CleanVision": "no captions and no filters: they see all images and find copies only; CleanVision "

@@ -52,11 +52,11 @@ def folder_digest(folder: Path) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, bool | str):
-        return value.value if isinstance(value, Enum) else value
+    if value is None or type(value) in (str, bool, int):  # nearly all there is; subclasses may be enums
+        return value
     if isinstance(value, Enum):
         return _plain(value.value, where)
-    if isinstance(value, int):
+    if isinstance(value, str | int):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):

@@ -27,6 +27,8 @@ NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 TEMPORARY = ".temporary"
 STALE_AFTER_SECONDS = 24 * 3600
 ROW_GROUP_BYTES = 64 * 2**20
+IMAGE_BYTES = "image.bytes"
+"""The column of image files, as Parquet names it."""
 
 
 class WarehouseError(ValueError):
@@ -46,14 +48,29 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
-def codecs(schema: pa.Schema) -> str | dict[str, str]:
-    """Return the compression of a Parquet file's columns: zstd, and none for image files, which have their own."""
-    if "image" not in schema.names:
-        return "zstd"
-    structs = [field for field in schema if pa.types.is_struct(field.type)]
-    columns = [field.name for field in schema if field not in structs]
-    columns += [f"{field.name}.{field.type.field(at).name}" for field in structs for at in range(field.type.num_fields)]
-    return {column: "none" if column == "image.bytes" else "zstd" for column in columns}
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Return how a table is written as Parquet: all columns compressed with zstd, but image files, which are already.
+
+    Images and embeddings repeat nothing, so they get no dictionary: it would be read whole for any one of them.
+    """
+    columns = {column: field.type for field in schema for column in _leaves(field.name, field.type)}
+    repeating = [
+        name for name, kind in columns.items() if name != IMAGE_BYTES and not pa.types.is_fixed_size_list(kind)
+    ]
+    return {
+        "compression": {name: "none" if name == IMAGE_BYTES else "zstd" for name in columns},
+        "use_dictionary": repeating,
+        "write_page_index": True,
+    }
+
+
+def _leaves(name: str, kind: pa.DataType) -> list[str]:
+    """The columns that Parquet makes of a field."""
+    if pa.types.is_struct(kind):
+        return [leaf for child in kind.fields for leaf in _leaves(f"{name}.{child.name}", child.type)]
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _leaves(f"{name}.list.element", kind.value_type)
+    return [name]
 
 
 @dataclass(frozen=True)
@@ -174,16 +191,8 @@ class Warehouse:
         """Write a table as a Parquet object: row groups of about 64 MiB, same rows give the same bytes."""
         row_bytes = max(1, table.nbytes // max(1, table.num_rows))
         rows = max(1, min(122_880, ROW_GROUP_BYTES // row_bytes))
-        is_embedded = any(pa.types.is_fixed_size_list(field.type) for field in table.schema)
         with self.building(path) as temporary:
-            pq.write_table(
-                table,
-                temporary,
-                compression=codecs(table.schema),
-                row_group_size=rows,
-                write_page_index=True,
-                use_dictionary=not is_embedded,  # embeddings repeat no numbers, and read four times faster without
-            )
+            pq.write_table(table, temporary, row_group_size=rows, **parquet_options(table.schema))
 
     def create_folder(self, path: str, source: Path) -> None:
         """Copy every file below the local folder `source` to `path`. Not atomic: name it by a record written after."""

@@ -1,13 +1,16 @@
 """The chain in Tamis: ingest, score, pair, decide, publish, by the plain functions that the flow calls.
 
 `python -m benchmarks.peer_scripts.tamis SETTINGS RESULT`, both JSON files. The warehouse stays where it is for a next
-run with another threshold or more samples.
+run with another threshold or more samples. No signal here needs an image's own pixels, so JPEGs are decoded at reduced
+size for their perceptual hash, as `phash_decode` offers.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+
+import pandas  # noqa: F401 - pyarrow imports it at its first conversion; no tool's imports are in its seconds
 
 from storage.pool import read_pool
 from storage.snapshot import read_manifest
@@ -49,7 +52,7 @@ def main(settings: dict[str, object], result: Path) -> None:
         ingest(source, pool="peers", warehouse=warehouse)
     pool = read_pool(warehouse, "peers")
     lap("ingest")
-    signals = build_signals(SignalSettings(measure=("size", "caption", "perceptual")))
+    signals = build_signals(SignalSettings(measure=("size", "caption", "perceptual"), phash_decode="scaled"))
     for shard in pool.shards:
         score_shard(shard, signals, warehouse=warehouse)
     lap("score")

@@ -1,8 +1,8 @@
 """A batch: what signals measure at once, read from a shard and decoded in threads while earlier ones are measured.
 
-Every image is opened once and decoded at most once, at full size: a perceptual hash or score must not depend on
-which other signals happened to be missing. What signals keep of the pixels is taken at once, so memory holds the
-pixels of one image a thread, whatever there is to score.
+Every image is opened once and decoded in full at most once, whoever asks; how far a signal's image is decoded is the
+signal's own setting, so that no value depends on which other signals happened to be missing. What signals keep of the
+pixels is taken at once, so memory holds the pixels of one image a thread, whatever there is to score.
 """
 
 import threading
@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.curation.decode import EncodedImage, Header
+from tasks.curation.decode import EncodedImage, Header, Pixels, Undecodable
 
 if TYPE_CHECKING:
     from tasks.curation.signals.contract import Signal
@@ -171,13 +171,14 @@ def _look_at(data: bytes | None, viewers: Sequence["Signal"]) -> _Seen:
     try:
         encoded = EncodedImage(data)
         seen.header = encoded.header
-        if not viewers:
-            return seen
-        pixels = encoded.decode(_memory_for(seen.header))
     except Exception as error:  # Pillow and the libraries under it raise nearly anything
         seen.error = error
         return seen
-    seen.views = [viewer.view(pixels) for viewer in viewers]
+    pixels = Pixels(encoded, _memory_for)
+    try:
+        seen.views = [viewer.view(pixels) for viewer in viewers]
+    except Undecodable as error:  # what one can't see, none can: a reduced image has been read to its end too
+        seen.error = cast(Exception, error.__cause__)
     return seen
 
 

@@ -5,6 +5,7 @@ says, alpha dropped, colour profiles ignored; but 16-bit grey is cut to its high
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -23,6 +24,8 @@ _ORIENTATION = 0x0112
 _PNG_EXIF = (b"eXIf", b"exif", b"xmp")
 """Words without which a PNG has no orientation. Pillow would decode the whole image to look for it at its end."""
 
+Bytes = npt.NDArray[np.uint8]
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,21 +41,6 @@ class Header:
     height: int
     format: str
     frames: int | None
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """A decoded image: `rgb` is uint8 of shape (height, width, 3), upright.
-
-    The memory is used again for other images: copy what must outlive the call that got it.
-    """
-
-    rgb: npt.NDArray[np.uint8]
-
-    @cached_property
-    def image(self) -> Image.Image:
-        """The pixels as Pillow's RGB image, copied once for all who ask."""
-        return Image.fromarray(self.rgb)
 
 
 class EncodedImage:
@@ -81,16 +69,39 @@ class EncodedImage:
             frames = None
         return Header(width, height, str(self._image.format).lower(), frames)
 
-    def decode(self, memory: npt.NDArray[np.uint8]) -> Pixels:
-        """Return the pixels, in `memory` if that saves a copy; it must hold 3 bytes a pixel.
+    def decode(self, memory: Bytes) -> Bytes:
+        """Return the pixels upright, uint8 of shape (height, width, 3), in `memory` if that saves a copy.
 
-        JPEGs are decoded by simplejpeg, which gives Pillow's own pixels in less time; whatever it declines (CMYK,
-        recoverable errors) and all other formats by Pillow. Raises nearly any exception for damaged bytes.
+        `memory` must hold 3 bytes a pixel. JPEGs are decoded by simplejpeg, which gives Pillow's own pixels in less
+        time; whatever it declines (CMYK, recoverable errors) and all other formats by Pillow. Raises nearly any
+        exception for damaged bytes.
         """
         rgb = self._decode_jpeg(memory)
         if rgb is None:
             rgb = np.array(_rgb(self._image))
-        return Pixels(_upright(rgb, self._orientation))
+        return self.upright(rgb)
+
+    def decode_reduced(self, side: int) -> "Reduced | None":
+        """Return a JPEG's luma in the smallest of libjpeg's sizes with at least `side` pixels on either side.
+
+        That is 1/8 to 4/8 of the image; only so much of the inverse DCT is computed, and none of the colours. None
+        where more would be needed, and for all that is no JPEG or that simplejpeg declines: those must be decoded in
+        full. As all of the file is read here, what can be reduced can be decoded in full as well.
+        """
+        width, height = self._image.size
+        eighths = -(-8 * side // min(width, height))  # rounded up, here and below
+        if eighths > 4 or not self._is_plain_jpeg:
+            return None
+        shape = -(-height * eighths // 8), -(-width * eighths // 8)
+        try:
+            luma: Bytes = simplejpeg.decode_jpeg(self.data, "GRAY", min_height=shape[0], min_width=shape[1])[..., 0]
+        except ValueError:
+            return None
+        return Reduced(luma, (height * eighths / 8, width * eighths / 8)) if luma.shape == shape else None
+
+    def upright(self, pixels: Bytes) -> Bytes:
+        """Return pixels in the file's own order, of shape (height, width, …), as the Exif orientation turns them."""
+        return _upright(pixels, self._orientation)
 
     @cached_property
     def _orientation(self) -> int:
@@ -105,15 +116,66 @@ class EncodedImage:
             return 1
         return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
-    def _decode_jpeg(self, memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8] | None:
-        image = self._image
-        if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+    @property
+    def _is_plain_jpeg(self) -> bool:
+        return self._image.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
+
+    def _decode_jpeg(self, memory: Bytes) -> Bytes | None:
+        if not self._is_plain_jpeg:
             return None
         try:
-            rgb: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(self.data, "RGB", buffer=memory)
+            rgb: Bytes = simplejpeg.decode_jpeg(self.data, "RGB", buffer=memory)
         except ValueError:
             return None
-        return rgb if rgb.shape == (image.height, image.width, 3) else None
+        return rgb if rgb.shape == (self._image.height, self._image.width, 3) else None
+
+
+class Undecodable(Exception):  # noqa: N818 - says what is wrong better with no "Error" behind it
+    """An image's pixels can't be had; the cause says why."""
+
+
+class Pixels:
+    """An image, decoded as far as is asked for, and in full only once for all who ask.
+
+    `memory` gives what an image is decoded into. It may be used again for other images: copy what must outlive the
+    call that got the pixels. Everything raises `Undecodable` for damaged bytes.
+    """
+
+    def __init__(self, encoded: EncodedImage, memory: Callable[[Header], Bytes]) -> None:
+        self._encoded, self._memory = encoded, memory
+
+    @cached_property
+    def rgb(self) -> Bytes:
+        """The pixels, uint8 of shape (height, width, 3), upright."""
+        try:
+            return self._encoded.decode(self._memory(self._encoded.header))
+        except Exception as error:  # Pillow and the libraries under it raise nearly anything
+            raise Undecodable from error
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The pixels as Pillow's RGB image, copied once for all who ask."""
+        return Image.fromarray(self.rgb)
+
+    def reduced(self, side: int) -> "Reduced | None":
+        """Return the image's luma in a smaller size; see `EncodedImage.decode_reduced`."""
+        return self._encoded.decode_reduced(side)
+
+    def upright(self, pixels: Bytes) -> Bytes:
+        """Return what was made of a reduced image as the image is to be looked at."""
+        return self._encoded.upright(pixels)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A JPEG's luma, decoded to a smaller size, uint8 of shape (height, width), as it lies in the file.
+
+    libjpeg rounds sides up; `extent` is how far the picture itself reaches, in pixels: (height, width), not rounded.
+    Scaled without heed to it, the picture would be shifted by up to a pixel of these at its far sides.
+    """
+
+    luma: Bytes
+    extent: tuple[float, float]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -124,14 +186,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(rgb: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """Undo Exif `orientation`: 2-4 mirror or turn by 180°, 5-8 swap width and height as well."""
+def _upright(pixels: Bytes, orientation: int) -> Bytes:
+    """Undo Exif `orientation`: 2-4 mirror or turn by 180°, 5-8 swap height and width, the first two axes, as well."""
     if orientation == 1:
-        return rgb
+        return pixels
     if orientation >= 5:
-        rgb = rgb.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
-        rgb = rgb[:, ::-1]
+        pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
-        rgb = rgb[::-1]
-    return np.ascontiguousarray(rgb)
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)

@@ -6,8 +6,8 @@ Samples the pool holds are not added again, and a run killed at any moment is co
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal
 
 from storage.fingerprint import fingerprint
@@ -15,7 +15,7 @@ from storage.pool import read_pool
 from storage.record import Record, read_record, write_record
 from storage.refs import Outcome, PoolRef, ShardRef
 from storage.warehouse import Warehouse, check_name
-from tasks.curation.pool_writer import PoolWriter
+from tasks.curation.pool_writer import Added, PoolWriter
 from tasks.curation.sources.contract import Format, Row, SourceFile
 from tasks.curation.sources.files import image_is_there
 from tasks.curation.sources.find import find_source_files
@@ -24,7 +24,7 @@ from tasks.curation.sources.read import read_rows
 VERSION = 1
 SHARD_SAMPLES = 1_000
 SHARD_BYTES = 128 * 2**20
-"""Image bytes after which a shard ends early: what is in memory at once is about four times this."""
+"""Image bytes after which a shard ends early: what is in memory at once is about six times this."""
 
 __all__ = ["IngestedFile", "SourceFile", "find_source_files", "ingest", "ingest_file"]
 
@@ -93,8 +93,7 @@ def ingest_file(
     counts: Counter[str] = Counter(samples=0, known=0)
     shards: list[str] = []
     missing: set[str] = set()
-    # map lets go of a chunk before the next is read; a loop variable would hold it
-    for added in map(partial(PoolWriter.for_pool(warehouse, pool).add, path=file.uri), _chunks(file, shard_samples)):
+    for added in _added(PoolWriter.for_pool(warehouse, pool), file, shard_samples):
         if added.shard is not None:
             shards.append(added.shard.name)
             counts["samples"] += added.shard.rows
@@ -108,6 +107,23 @@ def ingest_file(
     done = _ingested(record)
     logger.info("%s: %d new samples, %d known, %d in quarantine", file.uri, done.samples, done.known, done.quarantined)
     return Outcome(done, cached=False)
+
+
+def _added(writer: PoolWriter, file: SourceFile, shard_samples: int) -> Iterator[Added]:
+    """Add a file's chunks in order, each while the next one is read."""
+    with ThreadPoolExecutor(1, thread_name_prefix="add") as thread:
+
+        def begin(chunk: list[Row]) -> Future[Added]:
+            return thread.submit(writer.add, chunk, file.uri)
+
+        last: Future[Added] | None = None
+        # map lets go of a chunk once it is handed over; a loop variable would hold it while the next is read
+        for begun in map(begin, _chunks(file, shard_samples)):
+            if last is not None:
+                yield last.result()
+            last = begun
+        if last is not None:
+            yield last.result()
 
 
 def _chunks(file: SourceFile, shard_samples: int) -> Iterator[list[Row]]:

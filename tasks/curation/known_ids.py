@@ -33,6 +33,8 @@ class KnownIds:
         with self._lock:
             if digest in self._recent:
                 return True
+            if not len(self._sorted):
+                return False
             place = int(np.searchsorted(self._sorted, np.bytes_(digest)))
             # numpy drops zero bytes at the end of fixed-width values
             return place < len(self._sorted) and self._sorted[place] == digest.rstrip(b"\0")

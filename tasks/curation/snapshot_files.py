@@ -13,7 +13,7 @@ from storage.fingerprint import file_digest, fingerprint
 from storage.refs import ShardRef, SignalRef
 from storage.schema import CURATED, FACES_BLURRED, SAMPLES, SPLIT
 from storage.snapshot import FileEntry
-from storage.warehouse import ROW_GROUP_BYTES, Warehouse, codecs
+from storage.warehouse import ROW_GROUP_BYTES, Warehouse, parquet_options
 from tasks.curation import face_blur
 from tasks.curation.columns import Columns
 
@@ -97,7 +97,7 @@ class SnapshotFiles:
         if self.faces:
             boxes = self.warehouse.read_table(self.faces.table(verdicts.shard), ["face_boxes"])
             extra = extra.append_column("face_boxes", boxes["face_boxes"])
-        with pq.ParquetWriter(target, schema, compression=codecs(schema), write_page_index=True) as writer:
+        with pq.ParquetWriter(target, schema, **parquet_options(schema)) as writer:
             for rows in self._published_rows(verdicts.shard, extra):
                 rows = _with_faces_blurred(rows) if self.faces else rows
                 writer.write_table(rows.select(schema.names).cast(schema), row_group_size=len(rows))

@@ -37,6 +37,22 @@ def test_image_files_are_not_compressed_again_and_all_else_is(warehouse: Warehou
     assert warehouse.read_table("pools/p/x.parquet").equals(table)
 
 
+def test_images_and_embeddings_have_no_dictionary_which_would_be_read_whole_for_any_one(warehouse: Warehouse) -> None:
+    row = {"image": {"bytes": b"\xff\xd8", "path": "a.jpg"}, "tags": ["a"], "embedding": [0.5, 0.5]}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = pa.schema({"image": image, "tags": pa.list_(pa.string()), "embedding": pa.list_(pa.float32(), 2)})
+    warehouse.write_table("x.parquet", pa.Table.from_pylist([row, row], columns))
+    with warehouse.open_parquet("x.parquet") as parquet:
+        group = parquet.metadata.row_group(0)
+        leaves = [group.column(at) for at in range(group.num_columns)]
+    assert {leaf.path_in_schema: leaf.has_dictionary_page for leaf in leaves} == {
+        "image.bytes": False,
+        "image.path": True,
+        "tags.list.element": True,
+        "embedding.list.element": False,
+    }
+
+
 def test_a_missing_object_is_an_error_and_a_missing_folder_is_empty(warehouse: Warehouse) -> None:
     assert not warehouse.exists("nothing")
     assert warehouse.names("nothing") == []

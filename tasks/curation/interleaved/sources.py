@@ -81,7 +81,7 @@ def read_documents(file: SourceFile) -> Iterator[Row]:
     """
     with open_images(file) as images:
         rows = _jsonl(file) if file.format == "jsonl" else _parquet(file)
-        yield from read_ahead(rows, partial(_with_images, images=images))
+        yield from read_ahead(rows, partial(_with_images, images=images), together=1)
 
 
 # -- rows -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Perceptual hash: 64 bits that stay nearly the same when an image is re-encoded, resized or slightly retouched."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from storage.schema import column
 from tasks.curation.batch import Batch, Needs
 from tasks.curation.decode import Pixels
 from tasks.curation.signals.contract import Signal
-from tasks.curation.signals.thumbnail import thumbnail
+from tasks.curation.signals.thumbnail import thumbnail, thumbnail_of_grey
 
 THUMBNAIL = 32
 """Side of the grey thumbnail that is hashed, pixels."""
@@ -24,14 +25,30 @@ Measured: re-encoding or resizing moves the hash of photograph-like noise by mor
 """
 
 
+SCALED_SIDE = 96
+"""Pixels that a JPEG decoded at reduced size has at least on either side: three for each of the thumbnail's.
+
+Measured: with two, the hash of a brick wall moves by 6 bits.
+"""
+
+Decoding = Literal["full", "scaled"]
+
+
 @dataclass(frozen=True)
 class PerceptualHash(Signal):
-    """pHash as imagehash defines it, bit for bit on the same pixels: 32 x 32 grey thumbnail, DCT, 8 x 8 lowest
-    frequencies, each compared with their median.
+    """pHash as imagehash defines it: 32 x 32 grey thumbnail, DCT, 8 x 8 lowest frequencies, each compared with their
+    median. Robust to re-encoding and scaling, not to cropping, rotation or mirroring.
 
-    Always taken from the image decoded at full size, so no drift against `imagehash.phash` is allowed for. Robust to
-    re-encoding and scaling, not to cropping, rotation or mirroring.
+    Decoded in `full`, it is `imagehash.phash` bit for bit on the same pixels. With `scaled`, JPEGs are decoded only as
+    far as `SCALED_SIDE` asks for; all else, and JPEGs less than twice that high or wide, as before. That takes half of
+    the time where no other signal needs the pixels, and a quarter more where one does.
+
+    What that changes, measured on 66 photographs and parts of them at three qualities: 0.33 bits on average, 4 at most,
+    no more at 1/8 of the size than at 4/8, nor at quality 50 than at 95. Of their copies, re-encoded, scaled by half to
+    one and a half, or as WebP or PNG, 99.8 % are within 4 bits instead of all. White noise can move by 8.
     """
+
+    decoding: Decoding = "full"
 
     name = "perceptual"
     version = 1
@@ -46,11 +63,14 @@ class PerceptualHash(Signal):
     @property
     def parameters(self) -> dict[str, float]:
         """See `Signal.parameters`."""
-        return {"flat": FLAT}
+        return {"flat": FLAT} | ({"scaled_side": SCALED_SIDE} if self.decoding == "scaled" else {})
 
     def view(self, pixels: Pixels) -> npt.NDArray[np.uint8]:
         """Return the grey thumbnail, uint8 of shape (32, 32)."""
-        return thumbnail(pixels.rgb, THUMBNAIL)
+        reduced = pixels.reduced(SCALED_SIDE) if self.decoding == "scaled" else None
+        if reduced is None:
+            return thumbnail(pixels.rgb, THUMBNAIL)
+        return pixels.upright(thumbnail_of_grey(reduced.luma, THUMBNAIL, extent=reduced.extent))
 
     def measure(self, batch: Batch) -> pa.RecordBatch:
         """See `Signal.measure`."""

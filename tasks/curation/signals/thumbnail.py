@@ -28,19 +28,28 @@ def thumbnail(rgb: Bytes, size: int) -> Bytes:
     direction, the order matters: since version 13 it is height first for images much taller than wide, width first
     for all others. Here that holds whichever Pillow is installed.
     """
-    height, width, _ = rgb.shape
+    grey = np.empty(rgb.shape[:2], np.uint8)
+    _to_grey(rgb, grey)
+    return thumbnail_of_grey(grey, size, extent=rgb.shape[:2])
+
+
+def thumbnail_of_grey(grey: Bytes, size: int, *, extent: tuple[float, float]) -> Bytes:
+    """Return what Pillow 13 makes of a grey image by `resize((size, size), LANCZOS, box=(0, 0, *extent[::-1]))`.
+
+    `grey` is uint8 of shape (height, width), `extent` (height, width) of the part to be scaled, at its upper left.
+    """
+    height, width = grey.shape
     is_height_first = height > size and height - size > 2 * (width - size)
     result = np.empty((size, size), np.uint8)
-    _shrink(rgb, is_height_first, _weights(width, size), _weights(height, size), result)
+    by_width, by_height = _weights(width, size, extent[1]), _weights(height, size, extent[0])
+    _shrink(grey, is_height_first, by_width, by_height, result)
     return result
 
 
 @njit(nogil=True, cache=True)
-def _shrink(rgb: Bytes, is_height_first: bool, by_width: Weights, by_height: Weights, result: Bytes) -> None:
-    height, width, _ = rgb.shape
+def _shrink(grey: Bytes, is_height_first: bool, by_width: Weights, by_height: Weights, result: Bytes) -> None:
+    height, width = grey.shape
     size = len(result)
-    grey = np.empty((height, width), np.uint8)
-    _to_grey(rgb, grey)
     if is_height_first:
         low = np.empty((width, size), np.uint8)
         _weigh(grey.T, by_height, low)
@@ -91,11 +100,14 @@ def _weigh(grey: Bytes, weights: Weights, result: Bytes) -> None:
 
 
 @lru_cache(maxsize=256)
-def _weights(length: int, size: int) -> Weights:
-    """Return the first input of each of `size` outputs, and its integer weights, of shape (size, taps)."""
-    if length == size:  # Pillow leaves that direction alone
+def _weights(length: int, size: int, extent: float) -> Weights:
+    """Return the first input of each of `size` outputs, and its integer weights, of shape (size, taps).
+
+    The outputs divide `extent` of the `length` inputs among them.
+    """
+    if length == size == extent:  # Pillow leaves that direction alone
         return np.arange(size), np.full((size, 1), float(_ONE))
-    scale = length / size
+    scale = extent / size
     stretch = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale
     first = np.maximum((centre - _SUPPORT * stretch + 0.5).astype(np.int64), 0)

@@ -8,6 +8,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -18,6 +19,7 @@ from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Reason, RowError
 READERS = 8
 """Files of one source that are read at once: hides the latency of object storage."""
 
+READ_TOGETHER = 4
 BUFFER_BYTES = 2**20
 
 T = TypeVar("T")
@@ -112,17 +114,25 @@ def _read_remote(uri: str, limit: int) -> bytes:
     return bytes(filesystem.cat_file(path))
 
 
-def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[R]:
-    """Yield `read(item)` in order while `READERS` threads work on the items that follow; memory holds those only."""
+def read_ahead(items: Iterable[T], read: Callable[[T], R], *, together: int = READ_TOGETHER) -> Iterator[R]:
+    """Yield `read(item)` in order while `READERS` threads work on the items that follow; memory holds those only.
+
+    A thread takes some items `together`, as handing over one takes as long as reading a small file.
+    """
+    waiting = iter(items)
+
+    def read_all(some: tuple[T, ...]) -> list[R]:
+        return [read(item) for item in some]
+
     with ThreadPoolExecutor(READERS) as threads:
-        pending: deque[Future[R]] = deque()
+        pending: deque[Future[list[R]]] = deque()
         try:
-            for item in items:
-                pending.append(threads.submit(read, item))
+            while some := tuple(islice(waiting, together)):
+                pending.append(threads.submit(read_all, some))
                 if len(pending) > READERS:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

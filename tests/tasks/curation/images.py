@@ -12,6 +12,7 @@ from storage.refs import ShardRef
 from storage.schema import SAMPLES
 from storage.warehouse import Warehouse
 from tasks.curation.batch import Batch, Needs, read_batches
+from tasks.curation.decode import EncodedImage, Pixels
 from tasks.curation.signals.contract import Signal
 
 ORIENTATION = 0x0112
@@ -32,6 +33,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def pixels_of(data: bytes) -> Pixels:
+    """An image file's pixels, as a signal's view gets them."""
+    return Pixels(EncodedImage(data), lambda header: np.empty(3 * header.width * header.height, np.uint8))
 
 
 def oriented(image: Image.Image, kind: str, orientation: int) -> bytes:

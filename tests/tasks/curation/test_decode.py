@@ -14,7 +14,7 @@ FILES = kinds_of_files()
 def decoded(data: bytes) -> np.ndarray:
     image = EncodedImage(data)
     assert image.header.width in (97, 61)  # read first, as in scoring
-    return image.decode(np.empty(97 * 61 * 3, np.uint8)).rgb
+    return image.decode(np.empty(97 * 61 * 3, np.uint8))
 
 
 def by_pillow(data: bytes) -> Image.Image:
@@ -85,6 +85,31 @@ def test_a_truncated_jpeg_has_a_header_and_no_pixels() -> None:
     assert cut.header.width == 97
     with pytest.raises(OSError, match="truncated"):
         cut.decode(np.empty(97 * 61 * 3, np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(("size", "eighths"), [((640, 480), 2), ((769, 1023), 1), ((211, 500), 4), ((200, 3000), 4)])
+def test_a_jpeg_is_reduced_as_pillow_drafts_it_to_the_smallest_size_that_is_wide_and_high_enough(
+    mode: str, size: tuple[int, int], eighths: int
+) -> None:
+    data = encoded(photograph(*size).convert(mode), "JPEG")
+    drafted = Image.open(io.BytesIO(data))
+    drafted.draft("L", (size[0] * eighths // 8, size[1] * eighths // 8))
+    reduced = EncodedImage(data).decode_reduced(96)
+    assert reduced is not None
+    assert np.array_equal(reduced.luma, np.asarray(drafted))
+    assert reduced.extent == (size[1] * eighths / 8, size[0] * eighths / 8)
+
+
+def test_what_is_too_small_or_no_plain_jpeg_is_not_reduced() -> None:
+    large = photograph(640, 480)
+    assert EncodedImage(encoded(large, "JPEG")).decode_reduced(96) is not None
+    for data in (encoded(large, "PNG"), encoded(large.convert("CMYK"), "JPEG"), encoded(photograph(640, 191), "JPEG")):
+        assert EncodedImage(data).decode_reduced(96) is None
+
+
+def test_a_truncated_jpeg_is_not_reduced_either() -> None:
+    assert EncodedImage(encoded(photograph(640, 480), "JPEG")[:-400]).decode_reduced(96) is None
 
 
 def test_bytes_that_are_no_image_are_refused() -> None:

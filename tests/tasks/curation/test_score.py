@@ -3,7 +3,7 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -146,6 +146,26 @@ def test_a_value_does_not_depend_on_what_else_was_missing(tmp_path: Path) -> Non
     for signal in reversed(every_signal()):
         score_shard(shards[1], [signal], warehouse=apart, threads=1)
     assert tables(together, shards[0], every_signal()) == tables(apart, shards[1], every_signal())
+
+
+@pytest.mark.parametrize("phash_decode", ["full", "scaled"])
+def test_a_perceptual_hash_does_not_depend_on_whether_pixels_were_needed_anyway(
+    tmp_path: Path, phash_decode: Literal["full", "scaled"]
+) -> None:
+    together, apart = Warehouse(str(tmp_path / "together")), Warehouse(str(tmp_path / "apart"))
+    images = [encoded(photograph(401, 299, seed), "JPEG") for seed in range(9)] + [BROKEN["truncated"]]
+    both = build_signals(SignalSettings(measure=("exact", "perceptual"), phash_decode=phash_decode))
+    shards = [write_shard(warehouse, images) for warehouse in (together, apart)]
+    score_shard(shards[0], both, warehouse=together)
+    score_shard(shards[1], both[1:], warehouse=apart)
+    assert tables(together, shards[0], both[1:]) == tables(apart, shards[1], both[1:])
+
+
+def test_a_jpeg_is_not_decoded_in_full_if_nothing_needs_it(warehouse: Warehouse, counts: Counter[str]) -> None:
+    signals = build_signals(SignalSettings(measure=("perceptual",), phash_decode="scaled"))
+    files = [encoded(photograph(401, 299), kind) for kind in ("JPEG", "PNG")]
+    score_shard(write_shard(warehouse, files), signals, warehouse=warehouse)
+    assert counts["decoded"] == 1
 
 
 def test_rows_stay_in_order_over_many_batches_and_row_groups(

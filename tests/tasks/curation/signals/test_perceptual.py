@@ -1,4 +1,5 @@
 import io
+import random
 
 import imagehash
 import numpy as np
@@ -6,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, __version__
+from skimage.data import astronaut, brick, chelsea, coffee, rocket
 
 from storage.warehouse import Warehouse
-from tasks.curation.signals.perceptual import PerceptualHash, phash
-from tasks.curation.signals.thumbnail import thumbnail
-from tests.tasks.curation.images import encoded, kinds_of_files, measured, photograph
+from tasks.curation.decode import EncodedImage
+from tasks.curation.scene import draw_scene, render
+from tasks.curation.signals.perceptual import Decoding, PerceptualHash, phash
+from tasks.curation.signals.thumbnail import thumbnail, thumbnail_of_grey
+from tests.tasks.curation.images import encoded, kinds_of_files, measured, oriented, photograph, pixels_of
 
 needs_pillow_13 = pytest.mark.skipif(
     int(__version__.split(".")[0]) < 13, reason="before Pillow 13 tall images were reduced in the other order"
@@ -54,6 +58,16 @@ def test_thumbnails_of_awkward_shapes_are_pillows_own(shape: tuple[int, int]) ->
     assert np.array_equal(thumbnail(pixels, 32), np.asarray(expected))
 
 
+@needs_pillow_13
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(33, 300), height=st.integers(33, 300), short=st.tuples(*[st.sampled_from(range(8))] * 2))
+def test_thumbnails_of_part_of_an_image_are_pillows_own(width: int, height: int, short: tuple[int, int]) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
+    extent = height - short[0] / 8, width - short[1] / 8
+    expected = Image.fromarray(grey).resize((32, 32), Image.Resampling.LANCZOS, box=(0, 0, *extent[::-1]))
+    assert np.array_equal(thumbnail_of_grey(grey, 32, extent=extent), np.asarray(expected))
+
+
 def test_grey_is_pillows_own_for_every_colour() -> None:
     code = np.arange(2**24, dtype=np.uint32)
     colours = np.stack([code & 255, code >> 8 & 255, code >> 16], axis=-1).astype(np.uint8)
@@ -92,3 +106,89 @@ def test_an_undecodable_image_has_no_hash(warehouse: Warehouse) -> None:
     rows = measured(PerceptualHash(), warehouse, [b"no image", FILES["png"]])
     assert rows[0] == {"phash": None, "flat": None}
     assert rows[1]["phash"] == oracle(photograph())
+
+
+# -- decoded at reduced size ----------------------------------------------------------------------------------
+
+
+def codes(files: list[bytes], decoding: Decoding) -> np.ndarray:
+    """The hashes of files, without a warehouse."""
+    signal = PerceptualHash(decoding)
+    views = [signal.view(pixels_of(data)) for data in files]
+    return phash(np.stack(views))
+
+
+def bits_apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.bitwise_count(one ^ other)
+
+
+def pictures() -> list[Image.Image]:
+    """Photographs, scenes as the sample draws them and noise, of many sizes that no power of two divides."""
+    choose = random.Random(0)
+    sizes = [(choose.randint(200, 800), choose.randint(200, 600)) for _ in range(24)]
+    scenes = [render(draw_scene(choose), size=size, seed=at) for at, size in enumerate(sizes[:12])]
+    noise = [photograph(*size, seed) for seed, size in enumerate(sizes[12:])]
+    photographs = [Image.fromarray(one).convert("RGB") for one in (astronaut(), brick(), chelsea(), coffee(), rocket())]
+    return photographs + scenes + noise
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[int, list[bytes]]:
+    """The pictures as JPEGs by quality, in both common kinds of chroma subsampling."""
+    return {
+        quality: [
+            encoded(picture, "JPEG", quality=quality, subsampling=at % 2 * 2) for at, picture in enumerate(pictures())
+        ]
+        for quality in (50, 75, 95)
+    }
+
+
+@pytest.mark.parametrize("quality", [50, 75, 95])
+def test_a_reduced_decode_moves_no_hash_by_more_than_four_bits_and_most_by_none(
+    files: dict[int, list[bytes]], quality: int
+) -> None:
+    drift = bits_apart(codes(files[quality], "full"), codes(files[quality], "scaled"))
+    assert drift.max() <= 4
+    assert drift.mean() < 0.5
+    assert (drift == 0).mean() > 0.5
+
+
+def test_the_edges_that_libjpeg_rounds_up_to_are_taken_into_account(files: dict[int, list[bytes]]) -> None:
+    ignoring = [EncodedImage(data).decode_reduced(96) for data in files[75]]
+    careless = phash(np.stack([thumbnail_of_grey(one.luma, 32, extent=one.luma.shape) for one in ignoring if one]))
+    kept = np.array([one is not None for one in ignoring])
+    full, scaled = (codes(files[75], decoding)[kept] for decoding in ("full", "scaled"))
+    assert bits_apart(full, scaled).sum() < bits_apart(full, careless).sum() / 2
+
+
+def test_copies_are_found_as_well_as_with_full_decodes(files: dict[int, list[bytes]]) -> None:
+    originals = pictures()
+    copies = {
+        "re-encoded": files[50],
+        "smaller": [encoded(one.resize((one.width * 2 // 3, one.height * 2 // 3)), "JPEG") for one in originals],
+        "webp": [encoded(one, "WEBP", quality=70) for one in originals],
+    }
+    for name, made in copies.items():
+        assert bits_apart(codes(files[95], "scaled"), codes(made, "scaled")).max() <= 4, name
+
+
+def test_different_pictures_stay_far_apart(files: dict[int, list[bytes]]) -> None:
+    found = codes(files[75], "scaled")
+    apart = bits_apart(found[:, None], found[None])[~np.eye(len(found), dtype=bool)]
+    assert apart.min() > 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_image_is_hashed_upright(orientation: int) -> None:
+    data = oriented(photograph(400, 301), "JPEG", orientation)
+    assert bits_apart(codes([data], "full"), codes([data], "scaled")).max() <= 4
+
+
+def test_all_but_large_jpegs_hash_as_in_full() -> None:
+    small = encoded(photograph(500, 191), "JPEG")  # more than half of its size is needed
+    some = [*FILES.values(), small, encoded(photograph(500, 300), "PNG")]
+    assert codes(some, "scaled").tolist() == codes(some, "full").tolist()
+
+
+def test_how_far_images_are_decoded_is_part_of_the_fingerprint() -> None:
+    assert PerceptualHash("scaled").ref != PerceptualHash("full").ref == PerceptualHash().ref
