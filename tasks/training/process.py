@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -161,11 +162,14 @@ def main() -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
         _write(folder / RESULT, _imported(module).run(config, folder))
-        _leave(0)
     except Stopped as stopped:
         logging.getLogger(__name__).info("%s", stopped)
         _write(folder / STOPPED, str(stopped))
         _leave(EXIT_STOPPED)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    _leave(0)
 
 
 def _imported(module: str) -> Any:
@@ -179,7 +183,7 @@ def _imported(module: str) -> Any:
 
 
 def _leave(status: int) -> NoReturn:
-    """End this process, whose results are on disk, without taking torch's modules apart, which takes seconds."""
+    """End this process, which has said and written all, without taking torch's modules apart: that takes seconds."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
