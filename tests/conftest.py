@@ -2,18 +2,51 @@
 
 import gc
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-SHARED = ("server", "trained", "prefect_server")
-"""Fixtures that take long to set up: all files that use one of them run on one worker, so that there is only one."""
+GROUPS = {
+    "system": ("tests/system/",),
+    "trained": ("tests/tasks/training/test_fit.py", "tests/tasks/adapters/", "tests/tasks/evaluation/test_generate.py"),
+    "flows": ("tests/flows/",),
+}
+"""Files that share a fixture which takes long to set up, and so run on one worker; others are a group each."""
 
 FIRST = (
-    *SHARED,
-    *("training/test_distributed.py", "training/test_batches.py", "preflight/test_learning.py"),
-    *("curation/test_decide_oracle.py", "sample_models/test_gemma.py", "curation/test_decontaminate.py"),
+    *GROUPS,
+    "tests/tasks/training/test_distributed.py",
+    "tests/tasks/training/test_batches.py",
+    "tests/tasks/training/preflight/test_learning.py",
+    "tests/tasks/curation/test_decide_oracle.py",
+    "tests/tasks/sample_models/test_gemma.py",
+    "tests/tasks/curation/test_decontaminate.py",
 )
 """What takes longest, from the longest on; begun last, it would end with one worker busy and the others idle."""
+
+
+def group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return next((name for name, files in GROUPS.items() if file.startswith(files)), file)
+
+
+class ByGroup(LoadScopeScheduling):
+    """Gives each group to one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    return ByGroup(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest groups."""
+    places = {group: at for at, group in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(group_of(item.nodeid), len(FIRST)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -24,26 +57,6 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the group of each test, for `--dist loadgroup`, and begin with the longest groups."""
-    used: dict[str, set[str]] = {}
-    for item in items:
-        used.setdefault(file_of(item), set()).update(getattr(item, "fixturenames", ()))
-    groups = {file: next((name for name in SHARED if name in names), file) for file, names in used.items()}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[file_of(item)]))
-    items.sort(key=lambda item: place(groups[file_of(item)]))
-
-
-def file_of(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0].removeprefix("tests/")
-
-
-def place(group: str) -> int:
-    return next((at for at, name in enumerate(FIRST) if group.endswith(name)), len(FIRST))
 
 
 @pytest.fixture(scope="session")
