@@ -11,7 +11,7 @@ demo: .venv/installed  ## curate, train, evaluate and merge on the sample, offli
 	$(BIN)/python -m flows.demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

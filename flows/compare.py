@@ -3,8 +3,8 @@
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.curate import Name, check_policy, cluster_pool, evaluation_sets, pair_pool, score_pool
-from flows.steps import artifact_key, task_runner
+from flows.curate import check_policy, cluster_pool, evaluation_sets, pair_pool, score_pool
+from flows.steps import Name, artifact_key, task_runner
 from storage.pool import read_pool
 from storage.warehouse import Warehouse
 from tasks.curation import whatif

@@ -6,7 +6,6 @@
 from collections.abc import Collection, Mapping
 from math import ceil
 from pathlib import PurePosixPath
-from typing import Annotated
 
 import pyarrow as pa
 from prefect import flow, get_run_logger
@@ -17,9 +16,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.events import emit_event
-from pydantic import Field
 
-from flows.steps import artifact_key, grouped, in_groups, step, task_runner
+from flows.steps import Name, artifact_key, grouped, in_groups, step, task_runner
 from storage.catalog import write_catalog
 from storage.pool import read_pool
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
@@ -48,8 +46,6 @@ PAIR_DISTANCE = {"perceptual": 4, SEMANTIC: 0.1}
 
 MEASURED_BY = {"bytes": "exact", "pixels": "exact", "perceptual": "perceptual", SEMANTIC: "clip"}
 """The signal in which pairs of a kind are looked for."""
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 
 
 @flow(name="curate", task_runner=task_runner())

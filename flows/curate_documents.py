@@ -13,7 +13,6 @@ from prefect.events import emit_event
 
 from flows.curate import (
     CLUSTER_COLUMNS,
-    Name,
     check_pairs,
     cluster_pool,
     decide,
@@ -21,7 +20,7 @@ from flows.curate import (
     pair_pool,
     score_pool,
 )
-from flows.steps import artifact_key, in_groups, step, task_runner
+from flows.steps import Name, artifact_key, in_groups, step, task_runner
 from storage.catalog import write_catalog
 from storage.pool import read_documents
 from storage.record import read_record

@@ -6,8 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import task_run
 
-from flows.curate import Name
-from flows.steps import step, taken
+from flows.steps import Name, step, taken
 from flows.train import RecipeChanges, changed
 from storage.catalog import write_catalog
 from storage.refs import EvaluationRef, Outcome, RunRef, SnapshotRef

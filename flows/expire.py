@@ -3,8 +3,7 @@
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.curate import Name
-from flows.steps import artifact_key
+from flows.steps import Name, artifact_key
 from storage import expire as expiring
 from storage.warehouse import Warehouse
 

@@ -2,8 +2,8 @@
 
 from prefect import flow
 
-from flows.curate import Name, ingest_source
-from flows.steps import task_runner
+from flows.curate import ingest_source
+from flows.steps import Name, task_runner
 from storage.catalog import write_catalog
 from storage.refs import PoolRef
 from storage.warehouse import Warehouse

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows.curate import Name, curate
+from flows.curate import curate
 from flows.evaluate import evaluate
 from flows.merge import merge
+from flows.steps import Name
 from flows.train import RecipeChanges, train
 from storage.refs import EvaluationRef, MergeRef, RunRef, SnapshotRef
 from tasks.curation.signals import SignalSettings

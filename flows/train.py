@@ -7,10 +7,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 from pydantic import ConfigDict, Field, create_model
 
-from flows.curate import Name
 from flows.preflight import preflight
 from flows.progress import LiveProgress
-from flows.steps import step, taken
+from flows.steps import Name, step, taken
 from storage.catalog import write_catalog
 from storage.refs import Outcome, RunRef, SnapshotRef
 from storage.snapshot import find_snapshot

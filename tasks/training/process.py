@@ -5,6 +5,7 @@ where the parent is itself asked to leave does it ask the child first, and wait 
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import logging
@@ -13,11 +14,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tasks
 from tasks.training.child_side import REPORT, Stopped
@@ -159,11 +161,33 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional CPU kernel is not installed
     try:
         config = json.loads((folder / "config.json").read_text())
-        _write(folder / RESULT, importlib.import_module(module).run(config, folder))
+        _write(folder / RESULT, _imported(module).run(config, folder))
     except Stopped as stopped:
         logging.getLogger(__name__).info("%s", stopped)
         _write(folder / STOPPED, str(stopped))
-        sys.exit(EXIT_STOPPED)
+        _leave(EXIT_STOPPED)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    _leave(0)
+
+
+def _imported(module: str) -> Any:
+    """Import a module that imports torch; looking for garbage meanwhile takes a fifth of the time and finds none."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.freeze()  # what imports made stays
+        gc.enable()
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process, which has said and written all, without taking torch's modules apart: that takes seconds."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _stop_now(*_: object) -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from tasks.curation.sample import write_sample
 from tasks.curation.sample_truth import SampleTruth
-from tests.system.processes import Server, end, healthy, wait_until
+from tests.system.processes import Server, answers, end, wait_until
 
 POOL = "tamis"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("prefect")
     with socket.socket() as probe:
@@ -34,19 +34,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(url, environment, tmp_path_factory.mktemp("logs"))
     process = running.start(str(Path(sys.executable).parent / "prefect"), "server", "start")
     try:
-        wait_until(lambda: healthy(url), seconds=120)
+        wait_until(lambda: answers(f"{url}/api/health"), seconds=120)
         yield running
     finally:
         end(process)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def worker(server: Server) -> Iterator[Server]:
-    server.prefect("work-pool", "create", POOL, "--type", "process")
-    server.prefect("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-    process = server.start(str(Path(sys.executable).parent / "prefect"), "worker", "start", "--pool", POOL)
-    yield server
-    end(process)
+    prefect = str(Path(sys.executable).parent / "prefect")
+    process = server.start(prefect, "worker", "start", "--pool", POOL, "--type", "process")
+    try:
+        wait_until(lambda: answers(f"{server.url}/api/work_pools/{POOL}"), seconds=120)
+        server.prefect("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+        yield server
+    finally:
+        end(process)
 
 
 @pytest.fixture(scope="session")

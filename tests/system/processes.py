@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,15 +31,18 @@ class Server:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        """Start a process in a group of its own, its output in the logs folder."""
+    def start(self, *command: str, talking: bool = False) -> subprocess.Popen[bytes]:
+        """Start a process in a group of its own, its output in the logs folder; or, if `talking`, only its errors."""
         log = (self.logs / f"{Path(command[0]).name}-{time.monotonic_ns()}.log").open("wb")
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0} if talking else {}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, start_new_session=True, **{"stdout": log, "stderr": log, **pipes}
+        )
 
 
-def healthy(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/api/health", timeout=2) as answer:
+        with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False

@@ -1,10 +1,14 @@
 """A curation killed at any stage, then run again, publishes the bytes an undisturbed one does."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from storage.snapshot import latest
@@ -12,13 +16,24 @@ from storage.warehouse import Warehouse
 from tasks.curation.sample_truth import SampleTruth
 from tests.system.processes import Server, end, wait_until
 
-SCRIPT = """
-import sys
+FORKS = """
+import os, sys
+import onnxruntime, open_clip  # what scoring imports
 from flows.curate import curate
 from tasks.curation.signals import SignalSettings
-curate(dataset="sample", source=sys.argv[1], warehouse=sys.argv[2],
-       signals=SignalSettings(clip_model="local-dir:tasks/sample_models/clip"))
+for warehouse in map(str.strip, sys.stdin):
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.setsid()
+    os.dup2(2, 1)
+    curate(dataset="sample", source=sys.argv[1], warehouse=warehouse,
+           signals=SignalSettings(clip_model="local-dir:tasks/sample_models/clip"))
+    os._exit(0)
 """
+"""Curates into each warehouse that it reads, in a process of its own that need not import anything again."""
 
 STAGES = {
     "ingest": "pools/sample/*.parquet",
@@ -39,20 +54,29 @@ def published(root: Path) -> dict[str, bytes]:
     return {**files, "manifest": json.dumps(content, sort_keys=True).encode()}
 
 
+@pytest.fixture
+def curations(server: Server, sample: SampleTruth) -> Iterator[subprocess.Popen[bytes]]:
+    process = server.start(sys.executable, "-c", FORKS, sample.source, talking=True)
+    yield process
+    end(process, signal.SIGKILL)
+
+
 @pytest.mark.system
 @pytest.mark.timeout(1800)
 def test_a_curation_killed_at_every_stage_publishes_the_same_bytes(
-    server: Server, sample: SampleTruth, tmp_path: Path
+    curations: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     def run(root: Path, *, kill_at: str | None = None) -> None:
-        process = server.start(sys.executable, "-c", SCRIPT, sample.source, str(root))
+        assert curations.stdin
+        assert curations.stdout
+        curations.stdin.write(f"{root}\n".encode())
+        pid = int(curations.stdout.readline())
         if kill_at:
-            wait_until(lambda: any(root.glob(kill_at)) or process.poll() is not None, seconds=400)
-            assert process.poll() is None, "it ended before it could be killed"
-            end(process, signal.SIGKILL)
-            assert latest(Warehouse(str(root)), "sample") is None
-        else:
-            assert process.wait(600) == 0
+            wait_until(lambda: any(root.glob(kill_at)) or not psutil.pid_exists(pid), seconds=400)
+            assert psutil.pid_exists(pid), "it ended before it could be killed"
+            os.killpg(pid, signal.SIGKILL)
+        assert int(curations.stdout.readline()) == (-signal.SIGKILL if kill_at else 0)
+        assert (latest(Warehouse(str(root)), "sample") is None) == (kill_at is not None)
 
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     run(undisturbed)

@@ -1,12 +1,10 @@
 """Ingest from and into object storage, against a server that speaks S3."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from storage import schema
 from storage.pool import read_pool
@@ -20,25 +18,6 @@ from tests.tasks.curation.source_files import (
     write_parquet,
     write_tar,
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"b{abs(hash(request.node.nodeid)):x}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return bucket
 
 
 def elsewhere() -> s3fs.S3FileSystem:
