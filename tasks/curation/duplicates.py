@@ -12,9 +12,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.refs import PairsRef
+from storage.schema import PAIRS
 from storage.warehouse import Warehouse
-from tasks.curation.duplicate_joins import Edges, Evidence, Rule, join_by_rules
-from tasks.curation.pairs.compact import read_pairs
+from tasks.curation.duplicate_joins import Edges, Evidence, Joined, Rule, join_by_rules
+from tasks.curation.pairs.compact import encode_pairs, only_wanted
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,20 @@ def read_evidence(
     Tables may also speak of samples outside the pool, which are left out and join nobody; only samples that equal the
     same one outside are equal still, for that is a matter of their codes.
     """
-    tables = {ref.kind: read_pairs(ref, warehouse, ids=sample_ids) for ref in pairs}
-    ends = [table[name] for table in tables.values() for name in ("left_id", "right_id")]
-    ids = pc.unique(pa.chunked_array([chunk for column in ends for chunk in column.chunks], pa.string()))
-    ids = ids.take(pc.sort_indices(ids))
-    kinds = {}
-    for kind, table in tables.items():
-        left, right = (np.asarray(pc.index_in(table[name], value_set=ids)) for name in ("left_id", "right_id"))
-        kinds[kind] = Edges(left.astype(np.int32), right.astype(np.int32), np.asarray(table["distance"]))
-    evidence = Evidence(ids, kinds)
-    return evidence, evidence.find(sample_ids)
+    ids, tables = encode_pairs([warehouse.read_tables(ref.paths, PAIRS) for ref in pairs])
+    positions = np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=ids), -1))
+    wanted = np.zeros(len(ids) + 1, bool)
+    wanted[positions] = True  # -1 falls on the last one
+    stored = [only_wanted(table, wanted[:-1]) for table in tables]
+    is_paired = np.zeros(len(wanted), bool)
+    for one in stored:
+        is_paired[one.left] = is_paired[one.right] = True
+    place = np.where(is_paired, np.cumsum(is_paired) - 1, -1).astype(np.int32)
+    kinds = {
+        ref.kind: Edges(place[one.left], place[one.right], one.distance.astype(np.float32))
+        for ref, one in zip(pairs, stored, strict=True)
+    }
+    return Evidence(ids.filter(pa.array(is_paired[:-1])), kinds), place[positions]
 
 
 def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: NDArray[np.integer]) -> Survivors:
@@ -70,23 +75,53 @@ def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: N
     Time is linear in samples and pairs, also where thousands are equal.
     """
     joined = join_by_rules(evidence, rules, candidates)
-    survivor = [FREE] * len(evidence.ids)
-    named_by = [-1] * len(survivor)
-    distances = [float("nan")] * len(survivor)
-    for best in candidates.tolist():
-        is_taken = survivor[best] != FREE
-        stands = survivor[best] if is_taken else best
-        if not is_taken:
-            survivor[best] = SURVIVES
-        for number, rule in enumerate(rules):
-            if is_taken and rule.method != "official":
-                continue
-            for sample, distance in joined[number].take_around(best):
-                if survivor[sample] == FREE:
-                    survivor[sample], named_by[sample], distances[sample] = stands, number, distance
-    return Survivors(
-        np.maximum(np.array(survivor, np.int32), -1), np.array(named_by, np.int32), np.array(distances, np.float32)
-    )
+    survives, first = _who_takes(joined, candidates)
+    taker = np.full(len(evidence.ids), NOBODY)
+    named_by = np.full(len(taker), -1, np.int32)
+    distances = np.full(len(taker), np.nan, np.float32)
+    for one, first_takers in zip(joined, first, strict=True):
+        by_group, group_distance = one.nearest(first_takers)
+        found = by_group[one.group]
+        distance = group_distance[one.group] if one.link is None else one.link
+        is_nearer = (found == taker) & (named_by == one.rule) & (distance < distances)
+        better = (found < taker) | is_nearer
+        taker[better], named_by[better], distances[better] = found[better], one.rule, distance[better]
+    stays = taker == NOBODY
+    stays[candidates[survives]] = True
+    named_by[stays], distances[stays] = -1, np.nan
+    survivor = np.arange(len(taker))
+    survivor[~stays] = candidates[taker[~stays]]
+    while not stays[survivor].all():  # who takes may have been taken before
+        survivor = survivor[survivor]
+    return Survivors(np.where(stays, -1, survivor).astype(np.int32), named_by, distances)
 
 
-FREE, SURVIVES = -1, -2
+def _who_takes(
+    joined: Sequence[Joined], candidates: NDArray[np.integer]
+) -> tuple[NDArray[np.bool_], list[NDArray[np.int64]]]:
+    """Return which candidates survive, and for each of `joined` the place of the first candidate to take each group.
+
+    Whoever takes anything takes whole groups, so it is enough to know of groups whether they are gone.
+    """
+    gone = [bytearray(one.groups) for one in joined]
+    first = [[NOBODY] * one.groups for one in joined]
+    bounds = [np.searchsorted(one.start, np.arange(one.groups + 1)).tolist() for one in joined]
+    ends = [one.end.tolist() for one in joined]
+    passes_on = [one.passes_on for one in joined]
+    survives = np.ones(len(candidates), bool)
+    kinds = range(len(joined))
+    for place, groups in enumerate(zip(*(one.group[candidates].tolist() for one in joined), strict=True)):
+        is_taken = any(gone[kind][groups[kind]] for kind in kinds)
+        survives[place] = not is_taken
+        for kind in kinds:
+            group = groups[kind]
+            if first[kind][group] == NOBODY and (passes_on[kind] or not is_taken):
+                first[kind][group] = place
+                gone[kind][group] = True
+                begin, end = bounds[kind][group : group + 2]
+                for near in ends[kind][begin:end]:
+                    gone[kind][near] = True
+    return survives, [np.array(one, np.int64) for one in first]
+
+
+NOBODY = np.iinfo(np.int64).max
