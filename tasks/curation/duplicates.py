@@ -101,27 +101,39 @@ def _who_takes(
 ) -> tuple[NDArray[np.bool_], list[NDArray[np.int64]]]:
     """Return which candidates survive, and for each of `joined` the place of the first candidate to take each group.
 
-    Whoever takes anything takes whole groups, so it is enough to know of groups whether they are gone.
+    Who takes anything takes whole groups. Where samples that were taken pass it on, all candidates take, so it is
+    enough to look for an earlier one; elsewhere only survivors do, and one has to go from candidate to candidate.
     """
-    gone = [bytearray(one.groups) for one in joined]
-    first = [[NOBODY] * one.groups for one in joined]
-    bounds = [np.searchsorted(one.start, np.arange(one.groups + 1)).tolist() for one in joined]
-    ends = [one.end.tolist() for one in joined]
-    passes_on = [one.passes_on for one in joined]
     survives = np.ones(len(candidates), bool)
-    kinds = range(len(joined))
-    for place, groups in enumerate(zip(*(one.group[candidates].tolist() for one in joined), strict=True)):
-        is_taken = any(gone[kind][groups[kind]] for kind in kinds)
-        survives[place] = not is_taken
-        for kind in kinds:
-            group = groups[kind]
-            if first[kind][group] == NOBODY and (passes_on[kind] or not is_taken):
-                first[kind][group] = place
-                gone[kind][group] = True
-                begin, end = bounds[kind][group : group + 2]
-                for near in ends[kind][begin:end]:
-                    gone[kind][near] = True
-    return survives, [np.array(one, np.int64) for one in first]
+    for one in joined:
+        if one.passes_on:
+            earliest, _ = one.nearest(_first(one, candidates, survives | True))
+            survives &= earliest[one.group[candidates]] == np.arange(len(candidates))
+    left = np.flatnonzero(survives)
+    walked = [one for one in joined if not one.passes_on]
+    gone = [bytearray(one.groups) for one in walked]
+    ends = [one.end.tolist() for one in walked]
+    bounds = [np.searchsorted(one.start, np.arange(one.groups + 1)).tolist() for one in walked]
+    groups_of = zip(*(one.group[candidates[left]].tolist() for one in walked), strict=True)
+    for place, groups in zip(left.tolist(), groups_of, strict=bool(walked)):
+        for is_gone, group in zip(gone, groups, strict=True):
+            if is_gone[group]:
+                survives[place] = False
+                break
+        else:
+            for is_gone, group, end, bound in zip(gone, groups, ends, bounds, strict=True):
+                is_gone[group] = True
+                for near in end[bound[group] : bound[group + 1]]:
+                    is_gone[near] = True
+    return survives, [_first(one, candidates, survives | one.passes_on) for one in joined]
+
+
+def _first(one: Joined, candidates: NDArray[np.integer], take: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The place of the first candidate in each group, of those that take."""
+    first = np.full(one.groups, NOBODY)
+    places = np.flatnonzero(take)[::-1]
+    first[one.group[candidates[places]]] = places  # the last one written stays
+    return first
 
 
 NOBODY = np.iinfo(np.int64).max

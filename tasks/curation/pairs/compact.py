@@ -63,7 +63,7 @@ def encode_pairs(tables: Sequence[pa.Table]) -> tuple[pa.StringArray, list[Pairs
     order = np.asarray(pc.sort_indices(ids))
     place = np.empty(len(ids), np.int64)
     place[order] = np.arange(len(ids))
-    sides = np.split(place[np.asarray(encoded.indices)], np.cumsum([len(column) for column in columns])[:-1])
+    sides = np.split(place[np.asarray(encoded.indices)], np.cumsum([len(column) for column in columns]))[:-1]
     pairs = [
         Pairs(left, right, table["distance"].to_numpy())
         for table, left, right in zip(tables, sides[::2], sides[1::2], strict=True)
