@@ -3,7 +3,7 @@
 What pairs join is in `duplicate_joins`; here the best samples of a policy take their duplicates, by one of three rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from storage.schema import PAIRS
 from storage.warehouse import Warehouse
 from tasks.curation.duplicate_joins import Edges, Evidence, Joined, Rule, join_by_rules
 from tasks.curation.pairs.compact import encode_pairs, only_wanted
+from tasks.curation.pairs.hamming import Pairs
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,37 @@ def read_evidence(
     Tables may also speak of samples outside the pool, which are left out and join nobody; only samples that equal the
     same one outside are equal still, for that is a matter of their codes.
     """
-    ids, tables = encode_pairs([warehouse.read_tables(ref.paths, PAIRS) for ref in pairs])
-    positions = np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=ids), -1))
-    wanted = np.zeros(len(ids) + 1, bool)
-    wanted[positions] = True  # -1 falls on the last one
-    stored = [only_wanted(table, wanted[:-1]) for table in tables]
-    is_paired = np.zeros(len(wanted), bool)
-    for one in stored:
-        is_paired[one.left] = is_paired[one.right] = True
-    place = np.where(is_paired, np.cumsum(is_paired) - 1, -1).astype(np.int32)
-    kinds = {
-        ref.kind: Edges(place[one.left], place[one.right], one.distance.astype(np.float32))
-        for ref, one in zip(pairs, stored, strict=True)
-    }
-    return Evidence(ids.filter(pa.array(is_paired[:-1])), kinds), place[positions]
+    return StoredPairs.read(pairs, warehouse).among(sample_ids)
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """Pairs of several kinds as they lie in their tables: places in `ids`, which is sorted and without repeats."""
+
+    ids: pa.StringArray
+    kinds: Mapping[str, Pairs]
+
+    @classmethod
+    def read(cls, pairs: Sequence[PairsRef], warehouse: Warehouse) -> "StoredPairs":
+        """Read the tables."""
+        ids, tables = encode_pairs([warehouse.read_tables(ref.paths, PAIRS) for ref in pairs])
+        return cls(ids, dict(zip((ref.kind for ref in pairs), tables, strict=True)))
+
+    def among(self, sample_ids: pa.ChunkedArray) -> tuple[Evidence, NDArray[np.int32]]:
+        """Return what `read_evidence` returns for these samples."""
+        positions = np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
+        wanted = np.zeros(len(self.ids) + 1, bool)
+        wanted[positions] = True  # -1 falls on the last one
+        stored = {kind: only_wanted(pairs, wanted[:-1]) for kind, pairs in self.kinds.items()}
+        is_paired = np.zeros(len(wanted), bool)
+        for pairs in stored.values():
+            is_paired[pairs.left] = is_paired[pairs.right] = True
+        place = np.where(is_paired, np.cumsum(is_paired) - 1, -1).astype(np.int32)
+        kinds = {
+            kind: Edges(place[pairs.left], place[pairs.right], pairs.distance.astype(np.float32))
+            for kind, pairs in stored.items()
+        }
+        return Evidence(self.ids.filter(pa.array(is_paired[:-1])), kinds), place[positions]
 
 
 def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: NDArray[np.integer]) -> Survivors:

@@ -4,6 +4,7 @@ Evidence is read once for all the policies, and an expression that several of th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from tasks.curation.columns import Columns, find_columns
 from tasks.curation.conditions import PolicyError, locked_connection
 from tasks.curation.decontaminate import find_contamination, read_ids
 from tasks.curation.duplicate_joins import Evidence, Rule
-from tasks.curation.duplicates import Survivors, choose_survivors, read_evidence
+from tasks.curation.duplicates import StoredPairs, Survivors, choose_survivors
 from tasks.curation.evaluations import READERS, Bound, bind, check_grouping, evaluate_pool, passes_condition
 from tasks.curation.limits import ConceptCount, draw_balanced, over_cap
 from tasks.curation.pair_reach import duplicate_rules, require_evaluation
@@ -66,7 +67,8 @@ class Verdicts:
 class Judge:
     """All that some policies need to know of a pool's samples, read once; what they share is worked out once.
 
-    `values` are by the pool's order, as are `groups`, the text that a SQL expression asked for gives for each sample.
+    `values` are by the pool's order, as are `groups`, the text that a SQL expression asked for gives for each sample,
+    and `positions`, each sample's place among the evidence's ids, or -1.
     """
 
     pool: PoolRef
@@ -76,6 +78,8 @@ class Judge:
     sample_id: pa.ChunkedArray
     values: Mapping[Bound, pa.ChunkedArray]
     groups: pa.ChunkedArray | None
+    evidence: Evidence
+    positions: NDArray[np.int32]
     pairs: Sequence[PairsRef]
     evaluation_pools: Sequence[PoolRef]
     warehouse: Warehouse
@@ -107,36 +111,34 @@ class Judge:
             require_evaluation(policy, pairs, evaluation_pools, warehouse)
         grouping = [] if by is None else [check_grouping(by, columns)]
         wanted = [bound for one in checked for bound in bind(one, one.expressions)]
-        ids, values = evaluate_pool(pool, columns, wanted + grouping, warehouse=warehouse)
+        kinds = {kind for policy in policies for rule in policy.duplicates for kind in rule.kinds}
+        with ThreadPoolExecutor(1) as beside:
+            stored = beside.submit(StoredPairs.read, [pair for pair in pairs if pair.kind in kinds], warehouse)
+            ids, values = evaluate_pool(pool, columns, wanted + grouping, warehouse=warehouse)
+        evidence, positions = stored.result().among(ids)
         groups = values[grouping[0]] if grouping else None
-        return cls(pool, checked, rules, columns, ids, values, groups, pairs, evaluation_pools, warehouse)
+        return cls(
+            pool, checked, rules, columns, ids, values, groups, evidence, positions, pairs, evaluation_pools, warehouse
+        )
 
     def verdicts(self) -> Iterator[Verdicts]:
         """Yield what each policy says."""
         for checked, rules in zip(self.policies, self.rules, strict=True):
             copies = self._copies(checked.policy)
             failed = self._failed(checked, copies)
-            evidence, positions = self._evidence
             order = self._best_first(checked)
-            candidates = positions[order[failed[order] == 0]]
+            candidates = self.positions[order[failed[order] == 0]]
             verdicts = Verdicts(
                 checked,
                 self.sample_id,
                 failed,
                 pc.coalesce(pa.chunked_array([pa.nulls(len(failed), pa.string())]), *copies),
-                evidence,
-                positions,
-                choose_survivors(evidence, rules, candidates=candidates),
+                self.evidence,
+                self.positions,
+                choose_survivors(self.evidence, rules, candidates=candidates),
                 np.full(len(failed), -1, np.int8),
             )
             yield self._limit(verdicts) if checked.policy.limits else verdicts
-
-    @cached_property
-    def _evidence(self) -> tuple[Evidence, NDArray[np.int32]]:
-        """The pairs that any duplicate rule reads, and each sample's position in them."""
-        kinds = {kind for checked in self.policies for rule in checked.policy.duplicates for kind in rule.kinds}
-        pairs = [pair for pair in self.pairs if pair.kind in kinds]
-        return read_evidence(pairs, sample_ids=self.sample_id, warehouse=self.warehouse)
 
     def _copies(self, policy: Policy) -> list[pa.Array]:
         """For each decontamination, the evaluation sample that each sample is a copy of, or null."""
@@ -177,12 +179,11 @@ class Judge:
         bounds = bind(checked, checked.prefer)
         case = (*bounds, checked.descending)
         if case not in self._ordered:
-            _, positions = self._evidence
-            rows = np.flatnonzero(positions >= 0)
+            rows = np.flatnonzero(self.positions >= 0)
             columns = {f"by{at}": self.values[bound].take(pa.array(rows)) for at, bound in enumerate(bounds)}
             keys = [f"by{at} {'DESC' if down else 'ASC'} NULLS LAST" for at, down in enumerate(checked.descending)]
             with locked_connection() as connection:
-                connection.register("paired", pa.table({"row": rows, "position": positions[rows], **columns}))
+                connection.register("paired", pa.table({"row": rows, "position": self.positions[rows], **columns}))
                 best_first = connection.sql(f"SELECT row FROM paired ORDER BY {', '.join([*keys, 'position'])}")
                 self._ordered[case] = best_first.fetchnumpy()["row"]
         return self._ordered[case]
