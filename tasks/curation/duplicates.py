@@ -127,9 +127,15 @@ def _who_takes(
         if one.passes_on:
             earliest, _ = one.nearest(_first(one, candidates, survives | True))
             survives &= earliest[one.group[candidates]] == np.arange(len(candidates))
-    left = np.flatnonzero(survives)
     walked = [one for one in joined if not one.passes_on]
-    gone = [bytearray(one.groups) for one in walked]
+    leads = survives.copy()  # first wherever they could be taken, so that nobody need be asked before them
+    for one in walked:
+        earliest, _ = one.nearest(_first(one, candidates, survives))
+        leads &= earliest[one.group[candidates]] == np.arange(len(candidates))
+    gone = [bytearray(one.nearest(_first(one, candidates, leads))[0] != NOBODY) for one in walked]
+    for one, is_gone in zip(walked, gone, strict=True):
+        survives &= leads | (np.frombuffer(is_gone, bool)[one.group[candidates]] == 0)
+    left = np.flatnonzero(survives & ~leads)
     ends = [one.end.tolist() for one in walked]
     bounds = [np.searchsorted(one.start, np.arange(one.groups + 1)).tolist() for one in walked]
     groups_of = zip(*(one.group[candidates[left]].tolist() for one in walked), strict=True)

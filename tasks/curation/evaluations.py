@@ -18,7 +18,7 @@ from tasks.curation.policy import SAMPLE_COLUMNS, CheckedPolicy
 
 READERS = 8
 """Shards read at once: enough to hide an object store's delay, few enough to hold in memory."""
-BLOCK_ROWS = 2**17
+BLOCK_ROWS = 2**18
 """Rows evaluated at once: enough for DuckDB to use its threads."""
 
 
@@ -106,6 +106,8 @@ def _blocks(pool: PoolRef, columns: Columns, names: set[str], warehouse: Warehou
 
 def _evaluate(connection: duckdb.DuckDBPyConnection, call: Sequence[Bound], rows: pa.Table) -> pa.Table:
     parameters = {name: value for bound in call for name, value in bound.values}
+    read = {name for bound in call for name in bound.expression.columns}
+    rows = rows.select(sorted(read) or ["sample_id"])
     try:
         return evaluate(connection, [bound.expression for bound in call], rows, parameters=parameters)
     except duckdb.Error:
