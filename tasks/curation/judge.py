@@ -122,23 +122,28 @@ class Judge:
         )
 
     def verdicts(self) -> Iterator[Verdicts]:
-        """Yield what each policy says."""
-        for checked, rules in zip(self.policies, self.rules, strict=True):
-            copies = self._copies(checked.policy)
-            failed = self._failed(checked, copies)
-            order = self._best_first(checked)
-            candidates = self.positions[order[failed[order] == 0]]
-            verdicts = Verdicts(
-                checked,
-                self.sample_id,
-                failed,
-                pc.coalesce(pa.chunked_array([pa.nulls(len(failed), pa.string())]), *copies),
-                self.evidence,
-                self.positions,
-                choose_survivors(self.evidence, rules, candidates=candidates),
-                np.full(len(failed), -1, np.int8),
-            )
-            yield self._limit(verdicts) if checked.policy.limits else verdicts
+        """Return what each policy says, in order."""
+        for checked in self.policies:
+            self._best_first(checked)  # before two threads work out the same order
+        return in_order(self._verdicts, list(zip(self.policies, self.rules, strict=True)), threads=2)
+
+    def _verdicts(self, policy: tuple[CheckedPolicy, list[Rule]]) -> Verdicts:
+        checked, rules = policy
+        copies = self._copies(checked.policy)
+        failed = self._failed(checked, copies)
+        order = self._best_first(checked)
+        candidates = self.positions[order[failed[order] == 0]]
+        verdicts = Verdicts(
+            checked,
+            self.sample_id,
+            failed,
+            pc.coalesce(pa.chunked_array([pa.nulls(len(failed), pa.string())]), *copies),
+            self.evidence,
+            self.positions,
+            choose_survivors(self.evidence, rules, candidates=candidates),
+            np.full(len(failed), -1, np.int8),
+        )
+        return self._limit(verdicts) if checked.policy.limits else verdicts
 
     def _copies(self, policy: Policy) -> list[pa.Array]:
         """For each decontamination, the evaluation sample that each sample is a copy of, or null."""
