@@ -34,7 +34,10 @@ def main() -> None:
             compare(pool, policy, other, signals, pairs, warehouse=warehouse, by="language")
             sweeps.append(round(between - begin, 2))
             comparisons.append(round(time.perf_counter() - between, 2))
-    figures = {"sweep_1m_seconds": statistics.median(sweeps), "compare_1m_seconds": statistics.median(comparisons)}
+    figures: dict[str, float | int | str] = {
+        "sweep_1m_seconds": statistics.median(sweeps),
+        "compare_1m_seconds": statistics.median(comparisons),
+    }
     record(
         "whatif",
         figures,
