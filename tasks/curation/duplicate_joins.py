@@ -5,8 +5,9 @@ are found by group: samples joined at distance 0 within a kind are one group, an
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -46,6 +47,11 @@ class Evidence:
     ids: pa.StringArray
     kinds: Mapping[str, Edges]
 
+    @cached_property
+    def groups(self) -> Mapping[str, NDArray[np.int32]]:
+        """By kind, the number of each sample's group."""
+        return {kind: edges.groups(len(self.ids)) for kind, edges in self.kinds.items()}
+
     def find(self, sample_ids: pa.Array | pa.ChunkedArray) -> NDArray[np.int32]:
         """Return each sample's position in `ids`, or -1 for a sample that is not there."""
         return np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
@@ -78,97 +84,83 @@ class Rule:
     confirm: float | None = None
 
 
-class Neighbours:
-    """Groups of equal samples by some edges, and the near groups of each. Plain lists: they are read one by one."""
-
-    def __init__(self, edges: Edges, samples: int) -> None:
-        label, near = edges.groups(samples), edges.distance > 0
-        one, other = label[edges.left[near]], label[edges.right[near]]
-        start, end = np.concatenate([one, other]), np.concatenate([other, one])
-        by_start = np.argsort(start, kind="stable")
-        count = int(label.max(initial=-1)) + 1
-        self.label = label.tolist()
-        self.samples: list[int] = np.argsort(label, kind="stable").tolist()
-        self.first_sample = _starts(label, count)
-        self.neighbours = end[by_start].tolist()
-        self.distances = np.concatenate([edges.distance[near]] * 2)[by_start].tolist()
-        self.first_neighbour = _starts(start, count)
-        self.taken = [False] * count
-
-    def around(self, sample: int, max_distance: float) -> list[tuple[float, int]]:
-        """Distance and number of the sample's own group and of those near it, without groups already taken."""
-        own = self.label[sample]
-        begin, end = self.first_neighbour[own : own + 2]
-        near = zip(self.distances[begin:end], self.neighbours[begin:end], strict=True)
-        found = [(0.0, own), *((distance, group) for distance, group in near if distance <= max_distance)]
-        return [(distance, group) for distance, group in found if not self.taken[group]]
-
-    def take(self, group: int) -> list[int]:
-        """The group's samples the first time, nothing after: whoever takes a group takes all of it."""
-        if self.taken[group]:
-            return []
-        self.taken[group] = True
-        begin, end = self.first_sample[group : group + 2]
-        return self.samples[begin:end]
-
-
 @dataclass(frozen=True)
 class Joined:
-    """What one rule joins: the neighbours by each kind, up to a distance, or whole components with each one's link."""
+    """What one kind of pairs joins by one rule: samples of one group, and groups that are near each other.
 
-    kinds: Sequence[Neighbours]
-    max_distance: float
-    link: list[float] | None = None
+    `rule` is the rule's place and `group` each sample's group. Near groups are listed both ways, sorted by `start`.
+    `passes_on` says that samples which were taken take others too, and `link` the distance of each sample where it is
+    not that of the groups.
+    """
 
-    def take_around(self, sample: int) -> Iterator[tuple[int, float]]:
-        """Yield samples joined with one, nearest first, with their distance; those of groups taken before may lack."""
-        near = [
-            (distance, kind, group)
-            for kind, neighbours in enumerate(self.kinds)
-            for distance, group in neighbours.around(sample, self.max_distance)
-        ]
-        for distance, kind, group in sorted(near):
-            for other in self.kinds[kind].take(group):
-                yield other, distance if self.link is None else self.link[other]
+    rule: int
+    group: NDArray[np.int32]
+    start: NDArray[np.int32]
+    end: NDArray[np.int32]
+    distance: NDArray[np.float32]
+    passes_on: bool = False
+    link: NDArray[np.float32] | None = None
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return int(self.group.max(initial=-1)) + 1
+
+    def nearest(self, first: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """For each group the smallest of `first` in itself and in the groups near it, and the distance to that one."""
+        found, distance = first.copy(), np.zeros(len(first), np.float32)
+        order = np.lexsort((self.distance, first[self.end], self.start))
+        starts, at = np.unique(self.start[order], return_index=True)
+        best = order[at]
+        is_nearer = first[self.end[best]] < first[starts]
+        found[starts[is_nearer]] = first[self.end[best]][is_nearer]
+        distance[starts[is_nearer]] = self.distance[best][is_nearer]
+        return found, distance
 
 
 def join_by_rules(evidence: Evidence, rules: Sequence[Rule], candidates: NDArray[np.integer]) -> list[Joined]:
-    """Return what each rule joins. Kinds that several rules use plainly are shared: what one took, none takes again."""
-    count = len(evidence.ids)
-    shared: dict[str, Neighbours] = {}
+    """Return what the rules join, rule by rule, and of each rule kind by kind."""
     joined = []
-    for rule in rules:
-        if rule.confirm is not None:
+    for number, rule in enumerate(rules):
+        if rule.confirm is None:
+            kinds = [(evidence.kinds[kind], evidence.groups[kind]) for kind in rule.kinds]
+            reach = rule.max_distance
+        else:
             edges = [_confirmed(evidence, kind, rule.max_distance, rule.confirm) for kind in rule.kinds]
+            kinds = [(one, one.groups(len(evidence.ids))) for one in edges]
             reach = math.inf  # what is too far is left out already, and equal codes are at `SMALLEST`
-        else:
-            edges, reach = [evidence.kinds[kind] for kind in rule.kinds], rule.max_distance
         if rule.method == "components":
-            whole, link = _components(edges, reach, candidates, count)
-            joined.append(Joined([Neighbours(whole, count)], 0, link.tolist()))
-        elif rule.confirm is not None:
-            joined.append(Joined([Neighbours(one, count) for one in edges], reach))
+            joined.append(_components(number, kinds, reach, candidates))
         else:
-            for kind in set(rule.kinds) - set(shared):
-                shared[kind] = Neighbours(evidence.kinds[kind], count)
-            joined.append(Joined([shared[kind] for kind in rule.kinds], reach))
+            passes_on = rule.method == "official"
+            joined += [_near_groups(number, one, group, reach, passes_on=passes_on) for one, group in kinds]
     return joined
 
 
+def _near_groups(number: int, edges: Edges, group: NDArray[np.int32], reach: float, *, passes_on: bool) -> Joined:
+    near = (edges.distance > 0) & (edges.distance <= reach)
+    one, other = group[edges.left[near]], group[edges.right[near]]
+    start, end = np.concatenate([one, other]), np.concatenate([other, one])
+    order = np.argsort(start, kind="stable")
+    distance = np.concatenate([edges.distance[near]] * 2)[order]
+    return Joined(number, group, start[order], end[order], distance, passes_on)
+
+
 def _components(
-    kinds: Sequence[Edges], max_distance: float, candidates: NDArray[np.integer], count: int
-) -> tuple[Edges, NDArray[np.float32]]:
-    """Return components of candidates as stars, and each sample's smallest distance to a candidate in its own.
+    number: int, kinds: Sequence[tuple[Edges, NDArray[np.int32]]], max_distance: float, candidates: NDArray[np.integer]
+) -> Joined:
+    """Return components of candidates as groups, with each sample's smallest distance to a candidate in its own.
 
     Samples that are no candidates bridge nothing: each belongs to the component of its nearest candidate.
     """
+    count = len(kinds[0][1])
     is_candidate = np.zeros(count, np.bool_)
     is_candidate[candidates] = True
     left, right, nodes = [], [], count
     link = np.full(count, np.inf, np.float32)
     nearest = np.arange(count)  # the node whose component a sample belongs to
-    for edges in kinds:
-        label, near = edges.groups(count), (edges.distance > 0) & (edges.distance <= max_distance)
+    for edges, label in kinds:
+        near = (edges.distance > 0) & (edges.distance <= max_distance)
         candidates_in = np.bincount(label[candidates], minlength=count)
         one = np.concatenate([label[edges.left[near]], label[edges.right[near]]])
         other = np.concatenate([label[edges.right[near]], label[edges.left[near]]])
@@ -189,17 +181,15 @@ def _components(
         nodes += count
     component = _connected(nodes, np.concatenate(left), np.concatenate(right))
     component = component[np.where(is_candidate, np.arange(count), nearest)]
-    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
-    others = np.flatnonzero(first[inverse] != np.arange(count)).astype(np.int32)
-    centre = first[inverse][others].astype(np.int32)
-    return Edges(centre, others, np.zeros(len(others), np.float32)), link
+    none = np.zeros(0, np.int32)
+    return Joined(number, component, none, none, none.astype(np.float32), link=link)
 
 
 def _confirmed(evidence: Evidence, kind: str, max_distance: float, confirm: float) -> Edges:
     """Return the pairs of a kind that semantic pairs confirm: samples in one group of both kinds stay a group."""
     count = len(evidence.ids)
     edges, semantic = evidence.kinds[kind], evidence.kinds["semantic"]
-    label, meaning = edges.groups(count), semantic.groups(count)
+    label, meaning = evidence.groups[kind], evidence.groups["semantic"]
     cells, sample, cell_of = np.unique(meaning.astype(np.int64) * count + label, return_index=True, return_inverse=True)
     cell_meaning, cell_label = cells // max(count, 1), cells % max(count, 1)
     near = (semantic.distance > 0) & (semantic.distance <= confirm)
@@ -237,9 +227,3 @@ def _distance_between(
 def _connected(count: int, left: NDArray[np.integer], right: NDArray[np.integer]) -> NDArray[np.int32]:
     graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int32)
-
-
-def _starts(labels: NDArray[np.int32], count: int) -> list[int]:
-    """Where each label begins among the sorted labels, and where the last one ends."""
-    starts: list[int] = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=count))]).tolist()
-    return starts

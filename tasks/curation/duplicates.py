@@ -3,7 +3,7 @@
 What pairs join is in `duplicate_joins`; here the best samples of a policy take their duplicates, by one of three rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from storage.refs import PairsRef
+from storage.schema import PAIRS
 from storage.warehouse import Warehouse
-from tasks.curation.duplicate_joins import Edges, Evidence, Rule, join_by_rules
-from tasks.curation.pairs.compact import read_pairs
+from tasks.curation.duplicate_joins import Edges, Evidence, Joined, Rule, join_by_rules
+from tasks.curation.pairs.compact import encode_pairs, only_wanted
+from tasks.curation.pairs.hamming import Pairs
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,37 @@ def read_evidence(
     Tables may also speak of samples outside the pool, which are left out and join nobody; only samples that equal the
     same one outside are equal still, for that is a matter of their codes.
     """
-    tables = {ref.kind: read_pairs(ref, warehouse, ids=sample_ids) for ref in pairs}
-    ends = [table[name] for table in tables.values() for name in ("left_id", "right_id")]
-    ids = pc.unique(pa.chunked_array([chunk for column in ends for chunk in column.chunks], pa.string()))
-    ids = ids.take(pc.sort_indices(ids))
-    kinds = {}
-    for kind, table in tables.items():
-        left, right = (np.asarray(pc.index_in(table[name], value_set=ids)) for name in ("left_id", "right_id"))
-        kinds[kind] = Edges(left.astype(np.int32), right.astype(np.int32), np.asarray(table["distance"]))
-    evidence = Evidence(ids, kinds)
-    return evidence, evidence.find(sample_ids)
+    return StoredPairs.read(pairs, warehouse).among(sample_ids)
+
+
+@dataclass(frozen=True)
+class StoredPairs:
+    """Pairs of several kinds as they lie in their tables: places in `ids`, which is sorted and without repeats."""
+
+    ids: pa.StringArray
+    kinds: Mapping[str, Pairs]
+
+    @classmethod
+    def read(cls, pairs: Sequence[PairsRef], warehouse: Warehouse) -> "StoredPairs":
+        """Read the tables."""
+        ids, tables = encode_pairs([warehouse.read_tables(ref.paths, PAIRS) for ref in pairs])
+        return cls(ids, dict(zip((ref.kind for ref in pairs), tables, strict=True)))
+
+    def among(self, sample_ids: pa.ChunkedArray) -> tuple[Evidence, NDArray[np.int32]]:
+        """Return what `read_evidence` returns for these samples."""
+        positions = np.asarray(pc.fill_null(pc.index_in(sample_ids, value_set=self.ids), -1))
+        wanted = np.zeros(len(self.ids) + 1, bool)
+        wanted[positions] = True  # -1 falls on the last one
+        stored = {kind: only_wanted(pairs, wanted[:-1]) for kind, pairs in self.kinds.items()}
+        is_paired = np.zeros(len(wanted), bool)
+        for pairs in stored.values():
+            is_paired[pairs.left] = is_paired[pairs.right] = True
+        place = np.where(is_paired, np.cumsum(is_paired) - 1, -1).astype(np.int32)
+        kinds = {
+            kind: Edges(place[pairs.left], place[pairs.right], pairs.distance.astype(np.float32))
+            for kind, pairs in stored.items()
+        }
+        return Evidence(self.ids.filter(pa.array(is_paired[:-1])), kinds), place[positions]
 
 
 def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: NDArray[np.integer]) -> Survivors:
@@ -70,23 +93,71 @@ def choose_survivors(evidence: Evidence, rules: Sequence[Rule], *, candidates: N
     Time is linear in samples and pairs, also where thousands are equal.
     """
     joined = join_by_rules(evidence, rules, candidates)
-    survivor = [FREE] * len(evidence.ids)
-    named_by = [-1] * len(survivor)
-    distances = [float("nan")] * len(survivor)
-    for best in candidates.tolist():
-        is_taken = survivor[best] != FREE
-        stands = survivor[best] if is_taken else best
-        if not is_taken:
-            survivor[best] = SURVIVES
-        for number, rule in enumerate(rules):
-            if is_taken and rule.method != "official":
-                continue
-            for sample, distance in joined[number].take_around(best):
-                if survivor[sample] == FREE:
-                    survivor[sample], named_by[sample], distances[sample] = stands, number, distance
-    return Survivors(
-        np.maximum(np.array(survivor, np.int32), -1), np.array(named_by, np.int32), np.array(distances, np.float32)
-    )
+    survives, first = _who_takes(joined, candidates)
+    taker = np.full(len(evidence.ids), NOBODY)
+    named_by = np.full(len(taker), -1, np.int32)
+    distances = np.full(len(taker), np.nan, np.float32)
+    for one, first_takers in zip(joined, first, strict=True):
+        by_group, group_distance = one.nearest(first_takers)
+        found = by_group[one.group]
+        distance = group_distance[one.group] if one.link is None else one.link
+        is_nearer = (found == taker) & (named_by == one.rule) & (distance < distances)
+        better = (found < taker) | is_nearer
+        taker[better], named_by[better], distances[better] = found[better], one.rule, distance[better]
+    stays = taker == NOBODY
+    stays[candidates[survives]] = True
+    named_by[stays], distances[stays] = -1, np.nan
+    survivor = np.arange(len(taker))
+    survivor[~stays] = candidates[taker[~stays]]
+    while not stays[survivor].all():  # who takes may have been taken before
+        survivor = survivor[survivor]
+    return Survivors(np.where(stays, -1, survivor).astype(np.int32), named_by, distances)
 
 
-FREE, SURVIVES = -1, -2
+def _who_takes(
+    joined: Sequence[Joined], candidates: NDArray[np.integer]
+) -> tuple[NDArray[np.bool_], list[NDArray[np.int64]]]:
+    """Return which candidates survive, and for each of `joined` the place of the first candidate to take each group.
+
+    Who takes anything takes whole groups. Where samples that were taken pass it on, all candidates take, so it is
+    enough to look for an earlier one; elsewhere only survivors do, and one has to go from candidate to candidate.
+    """
+    survives = np.ones(len(candidates), bool)
+    for one in joined:
+        if one.passes_on:
+            earliest, _ = one.nearest(_first(one, candidates, survives | True))
+            survives &= earliest[one.group[candidates]] == np.arange(len(candidates))
+    walked = [one for one in joined if not one.passes_on]
+    leads = survives.copy()  # first wherever they could be taken, so that nobody need be asked before them
+    for one in walked:
+        earliest, _ = one.nearest(_first(one, candidates, survives))
+        leads &= earliest[one.group[candidates]] == np.arange(len(candidates))
+    gone = [bytearray(one.nearest(_first(one, candidates, leads))[0] != NOBODY) for one in walked]
+    for one, is_gone in zip(walked, gone, strict=True):
+        survives &= leads | (np.frombuffer(is_gone, bool)[one.group[candidates]] == 0)
+    left = np.flatnonzero(survives & ~leads)
+    ends = [one.end.tolist() for one in walked]
+    bounds = [np.searchsorted(one.start, np.arange(one.groups + 1)).tolist() for one in walked]
+    groups_of = zip(*(one.group[candidates[left]].tolist() for one in walked), strict=True)
+    for place, groups in zip(left.tolist(), groups_of, strict=bool(walked)):
+        for is_gone, group in zip(gone, groups, strict=True):
+            if is_gone[group]:
+                survives[place] = False
+                break
+        else:
+            for is_gone, group, end, bound in zip(gone, groups, ends, bounds, strict=True):
+                is_gone[group] = True
+                for near in end[bound[group] : bound[group + 1]]:
+                    is_gone[near] = True
+    return survives, [_first(one, candidates, survives | one.passes_on) for one in joined]
+
+
+def _first(one: Joined, candidates: NDArray[np.integer], take: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The place of the first candidate in each group, of those that take."""
+    first = np.full(one.groups, NOBODY)
+    places = np.flatnonzero(take)[::-1]
+    first[one.group[candidates[places]]] = places  # the last one written stays
+    return first
+
+
+NOBODY = np.iinfo(np.int64).max

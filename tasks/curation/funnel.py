@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from tasks.curation.limits import ConceptCount
@@ -154,13 +153,13 @@ def _row(*cells: str | int) -> str:
     return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
 
 
-def count_overlap(failed: pa.ChunkedArray) -> dict[tuple[str, str], int]:
+def count_overlap(reasons: Mapping[tuple[str, ...], int]) -> dict[tuple[str, str], int]:
     """Return how many samples fail both conditions, by their names; of one name twice, how many fail this one alone.
 
-    `failed` holds each sample's list of names. Pairs that no sample fails are left out.
+    `reasons` counts samples by all that they fail. Pairs that no sample fails are left out.
     """
     counts: Counter[tuple[str, str]] = Counter()
-    for names, count in Counter(map(tuple, failed.to_pylist())).items():
+    for names, count in reasons.items():
         for one in names:
             for other in names:
                 if one != other or len(names) == 1:

@@ -1,28 +1,24 @@
 """What if: one threshold at many values, or two policies side by side, over evidence that is there already.
 
-A sweep evaluates the conditions that use the parameter, and nothing else, again for each value; a comparison decides
-by both policies and asks their decisions.
+Each expression is evaluated once for all values and policies that share it; nothing is written.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from storage.refs import DecisionsRef, PairsRef, PoolRef, ShardRef, SignalRef
-from storage.schema import DECISIONS, column
+from storage.refs import PairsRef, PoolRef, SignalRef
+from storage.schema import column
 from storage.warehouse import Warehouse
 from tasks.curation.columns import Columns, find_columns
-from tasks.curation.conditions import Expression, PolicyError, check_expression, evaluate, locked_connection
-from tasks.curation.decide import READERS, decide, in_top
+from tasks.curation.conditions import Expression, PolicyError
+from tasks.curation.evaluations import Bound, bind, check_grouping, evaluate_pool, passes_condition
 from tasks.curation.funnel import cell, count_overlap
-from tasks.curation.parallel import in_order
-from tasks.curation.policy import SAMPLE_COLUMNS, CheckedPolicy, Policy, TopFraction
+from tasks.curation.judge import Judge, Verdicts, failed_names
+from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
 
 SWEEP = pa.schema(
     [
@@ -55,27 +51,24 @@ def sweep(
     columns = find_columns(pool, signals, warehouse=warehouse)
     checked = policy.check(columns.schema)
     used = [at for at, one in enumerate(policy.conditions) if _uses(one, checked.conditions[at], parameter)]
+    others = [at for at in range(len(policy.conditions)) if at not in used]
     trials = [_with_value(checked, parameter, value, columns) for value in values]
     if not used:
         raise PolicyError(f"{policy.origin}: no condition uses ${parameter}, so there is nothing to sweep.")
-    with locked_connection() as connection:
-        offered = pa.schema([*columns.schema, *SAMPLE_COLUMNS])
-        grouping = _grouping(connection, by, offered)
-        rows = _read(pool, columns, checked, grouping, warehouse)
-        groups, names = _groups(connection, grouping, rows)
-        others = [at for at in range(len(policy.conditions)) if at not in used]
-        passes_others = _passes(connection, checked, others, rows)
-        parts = []
-        for value, trial in zip(values, trials, strict=True):
-            passes = _passes(connection, trial, used, rows)
-            counts = [
-                _count(groups, names, mask)
-                for mask in (np.ones(len(rows), bool), passes & passes_others, ~passes, ~passes & passes_others)
-            ]
-            parts += [(float(value), name, *row) for name, *row in zip([None, *names], *counts, strict=True)]
-    return pa.Table.from_arrays(
-        [pa.array(c, f.type) for c, f in zip(zip(*parts, strict=True), SWEEP, strict=True)], schema=SWEEP
-    )
+    grouping = [] if by is None else [check_grouping(by, columns)]
+    wanted = [*grouping, *bind(checked, [checked.conditions[at] for at in others])]
+    wanted += [bound for trial in trials for bound in bind(trial, [trial.conditions[at] for at in used])]
+    _, found = evaluate_pool(pool, columns, wanted, warehouse=warehouse)
+    groups, names = _groups(found[grouping[0]] if grouping else None, pool.rows)
+    passes_others = _passes(checked, others, found, pool.rows)
+    rows = []
+    for value, trial in zip(values, trials, strict=True):
+        passes = _passes(trial, used, found, pool.rows)
+        masks = (np.ones(pool.rows, bool), passes & passes_others, ~passes, ~passes & passes_others)
+        counts = [_count(groups, names, mask) for mask in masks]
+        rows += [(float(value), name, *row) for name, *row in zip([None, *names], *counts, strict=True)]
+    by_column = zip(zip(*rows, strict=True), SWEEP, strict=True)
+    return pa.Table.from_arrays([pa.array(column, field.type) for column, field in by_column], schema=SWEEP)
 
 
 @dataclass(frozen=True)
@@ -135,34 +128,27 @@ def compare(
     warehouse: Warehouse,
     by: str | None = None,
 ) -> Comparison:
-    """Decide by two policies and say where they differ, for all samples and for each value of `by`, a SQL expression.
+    """Say where two policies differ, for all samples and for each value of `by`, a SQL expression.
 
-    Decisions made here are kept, so publishing by either policy finds them. Raises what `decide` raises.
+    The verdicts are those that `decide` would write, but nothing is written. Raises what `decide` raises.
     """
-    a, b = (
-        decide(pool, policy, signals, pairs, evaluation_pools=evaluation_pools, warehouse=warehouse).ref
-        for policy in (policy_a, policy_b)
-    )
-    columns = find_columns(pool, signals, warehouse=warehouse)
-    with locked_connection() as connection:
-        grouping = _grouping(connection, by, pa.schema([*columns.schema, *SAMPLE_COLUMNS]))
-        rows = _read(pool, columns, None, grouping, warehouse)
-        groups, names = _groups(connection, grouping, rows)
-    one, other = (_decisions(pool, ref, warehouse) for ref in (a, b))
-    kept_a, kept_b = (np.asarray(table["kept"]) for table in (one, other))
-    counted = zip(names, *(_count(groups, names, m)[1:] for m in (kept_a | True, kept_a, kept_b)), strict=True)
+    policies = (policy_a, policy_b)
+    judge = Judge.of(pool, policies, signals, pairs, evaluation_pools=evaluation_pools, warehouse=warehouse, by=by)
+    a, b = judge.verdicts()
+    groups, names = _groups(judge.groups, pool.rows)
+    counted = zip(names, *(_count(groups, names, kept)[1:] for kept in (a.kept | True, a.kept, b.kept)), strict=True)
     return Comparison(
         samples=pool.rows,
-        both=int((kept_a & kept_b).sum()),
-        only_a=_reasons(other, kept_a & ~kept_b),
-        only_b=_reasons(one, kept_b & ~kept_a),
-        overlap_a=count_overlap(one["failed"]),
-        overlap_b=count_overlap(other["failed"]),
+        both=int((a.kept & b.kept).sum()),
+        only_a=_rejections(b, a.kept & ~b.kept),
+        only_b=_rejections(a, b.kept & ~a.kept),
+        overlap_a=count_overlap(_failures(a, ~a.kept)),
+        overlap_b=count_overlap(_failures(b, ~b.kept)),
         groups=tuple(sorted(counted, key=lambda row: -row[1])),
     )
 
 
-def _uses(condition: object, expression: Expression, parameter: str) -> bool:
+def _uses(condition: Condition | TopFraction, expression: Expression, parameter: str) -> bool:
     return parameter in expression.parameters or (
         isinstance(condition, TopFraction) and condition.top_fraction == f"${parameter}"
     )
@@ -174,33 +160,21 @@ def _with_value(checked: CheckedPolicy, parameter: str, value: float, columns: C
     return policy.check(columns.schema) if checked.fractions else replace(checked, policy=policy)
 
 
-def _grouping(connection: duckdb.DuckDBPyConnection, by: str | None, offered: pa.Schema) -> Expression | None:
-    if by is None:
-        return None
-    columns = pa.schema([field for field in offered if not pa.types.is_nested(field.type)])
-    return check_expression(connection, f"({by})::VARCHAR", what="by", columns=columns, parameters={})
+def _passes(
+    checked: CheckedPolicy, places: Sequence[int], found: Mapping[Bound, pa.ChunkedArray], samples: int
+) -> NDArray[np.bool_]:
+    """Whether each sample passes all of some conditions."""
+    passes = np.ones(samples, bool)
+    for at, bound in zip(places, bind(checked, [checked.conditions[at] for at in places]), strict=True):
+        passes &= passes_condition(found[bound], checked.fractions.get(at))
+    return passes
 
 
-def _read(
-    pool: PoolRef, columns: Columns, checked: CheckedPolicy | None, grouping: Expression | None, warehouse: Warehouse
-) -> pa.Table:
-    """All rows of the pool, with the columns that conditions and grouping read."""
-    names = {name for expression in (checked.conditions if checked else ()) for name in expression.columns}
-    names |= grouping.columns if grouping else frozenset()
-
-    def read(shard: ShardRef) -> pa.Table:
-        return columns.read(shard, names, warehouse=warehouse)
-
-    return pa.concat_tables(in_order(read, pool.shards, threads=READERS))
-
-
-def _groups(
-    connection: duckdb.DuckDBPyConnection, grouping: Expression | None, rows: pa.Table
-) -> tuple[NDArray[np.int64], list[str | None]]:
-    """Each row's group as a place in the names that follow."""
-    if grouping is None:
-        return np.zeros(len(rows), np.int64), []
-    encoded = evaluate(connection, [grouping], rows, parameters={})["c0"].combine_chunks().dictionary_encode("encode")
+def _groups(values: pa.ChunkedArray | None, samples: int) -> tuple[NDArray[np.int64], list[str | None]]:
+    """Each sample's group as a place in the names that follow."""
+    if values is None:
+        return np.zeros(samples, np.int64), []
+    encoded = values.combine_chunks().dictionary_encode("encode")
     return np.asarray(encoded.indices, np.int64), encoded.dictionary.to_pylist()
 
 
@@ -210,37 +184,21 @@ def _count(groups: NDArray[np.int64], names: list[str | None], mask: NDArray[np.
     return [int(mask.sum()), *by_group]
 
 
-def _passes(
-    connection: duckdb.DuckDBPyConnection, checked: CheckedPolicy, places: Iterable[int], rows: pa.Table
-) -> NDArray[np.bool_]:
-    """Whether each row passes all of some conditions."""
-    passes = np.ones(len(rows), bool)
-    wanted = list(places)
-    if not wanted:
-        return passes
-    found = evaluate(connection, [checked.conditions[at] for at in wanted], rows, parameters=checked.policy.parameters)
-    for at, values in zip(wanted, found.columns, strict=True):
-        if at in checked.fractions:
-            passes &= in_top(np.asarray(values.cast(pa.float64()), np.float64), checked.fractions[at])
-        else:
-            passes &= np.asarray(pc.fill_null(values, False))
-    return passes
+def _rejections(verdicts: Verdicts, where: NDArray[np.bool_]) -> dict[tuple[str, ...], int]:
+    """Samples by why they are rejected, the most frequent reasons first; a duplicate's reason is its rule."""
+    rules = verdicts.checked.policy.duplicates
+    is_duplicate = where & (verdicts.failed == 0) & (verdicts.rule >= 0)
+    taken = np.bincount(verdicts.rule[is_duplicate], minlength=len(rules)).tolist()
+    found = _failures(verdicts, where)
+    found |= {(f"duplicate: {rule.name}",): count for rule, count in zip(rules, taken, strict=True) if count}
+    return dict(sorted(found.items(), key=lambda reason: (-reason[1], reason[0])))
 
 
-def _decisions(pool: PoolRef, ref: DecisionsRef, warehouse: Warehouse) -> pa.Table:
-    def read(shard: ShardRef) -> pa.Table:
-        return warehouse.read_table(ref.table(shard), ["kept", "failed", "duplicate_rule"])
-
-    return pa.concat_tables(
-        [
-            DECISIONS.empty_table().select(["kept", "failed", "duplicate_rule"]),
-            *in_order(read, pool.shards, threads=READERS),
-        ]
-    )
-
-
-def _reasons(decisions: pa.Table, where: NDArray[np.bool_]) -> dict[tuple[str, ...], int]:
-    """Why the rows were rejected, the most frequent first; a duplicate's reason is its rule."""
-    rows = decisions.filter(pa.array(where))
-    reasons = zip(rows["failed"].to_pylist(), rows["duplicate_rule"].to_pylist(), strict=True)
-    return dict(Counter(tuple(failed) or (f"duplicate: {rule}",) for failed, rule in reasons).most_common())
+def _failures(verdicts: Verdicts, where: NDArray[np.bool_]) -> dict[tuple[str, ...], int]:
+    """Samples by all the conditions that they fail, or by the limit that leaves them out."""
+    policy = verdicts.checked.policy
+    bits, counts = np.unique(verdicts.failed[where & (verdicts.failed != 0)], return_counts=True)
+    names = failed_names(bits, [entry.name for entry in (*policy.conditions, *policy.decontaminate)]).to_pylist()
+    found = dict(zip(map(tuple, names), counts.tolist(), strict=True))
+    out = np.bincount(verdicts.limited[where & (verdicts.limited >= 0)], minlength=len(policy.limits)).tolist()
+    return found | {(limit.name,): count for limit, count in zip(policy.limits, out, strict=True) if count}

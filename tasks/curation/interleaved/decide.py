@@ -28,12 +28,12 @@ from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import Expression, PolicyError, evaluate, locked_connection
-from tasks.curation.decide import failed_names
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.interleaved.document_columns import document_columns
 from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
 from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy
 from tasks.curation.interleaved.texts import measure_whole, read_texts, text_columns, text_refs
+from tasks.curation.judge import failed_names
 from tasks.curation.signals.contract import Signal
 
 VERSION = 1

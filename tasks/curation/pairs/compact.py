@@ -3,11 +3,12 @@
 Equal samples are stored as a star and near groups of them as one row; here it is read, joined and expanded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -31,11 +32,11 @@ def read_pairs(pairs: PairsRef, warehouse: Warehouse, *, ids: pa.Array | pa.Chun
     holds the whole star, old members too, of every group with a new member or near a group with one. So tables can be
     read together by joining the groups that share a sample, and samples be left out afterwards.
     """
-    evidence = _Evidence.of(warehouse.read_tables(pairs.paths, PAIRS))
-    wanted = np.ones(len(evidence.ids), np.bool_)
+    known, (stored,) = encode_pairs([warehouse.read_tables(pairs.paths, PAIRS)])
+    wanted = np.ones(len(known), np.bool_)
     if ids is not None:
-        wanted = pc.is_in(evidence.ids, value_set=ids).to_numpy(zero_copy_only=False)
-    return evidence.stored(np.flatnonzero(wanted))
+        wanted = pc.is_in(known, value_set=ids).to_numpy(zero_copy_only=False)
+    return _decoded(known, only_wanted(stored, wanted))
 
 
 def expand_pairs(table: pa.Table, *, limit: int = 100_000_000) -> pa.Table:
@@ -46,56 +47,58 @@ def expand_pairs(table: pa.Table, *, limit: int = 100_000_000) -> pa.Table:
 
     Raises `TooManyPairsError` if there are more than `limit`.
     """
-    return _Evidence.of(table).expanded(limit)
+    ids, (pairs,) = encode_pairs([table])
+    group, near = _groups(pairs, len(ids))
+    sizes = np.bincount(group)
+    groups = Groups(np.argsort(group, kind="stable"), np.cumsum(sizes) - sizes, sizes)
+    return _decoded(ids, _once(groups.expand(near, limit)))
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """What tables in stored form say together: samples by ascending id, each one's group, and the near groups."""
+def encode_pairs(tables: Sequence[pa.Table]) -> tuple[pa.StringArray, list[Pairs]]:
+    """Return the ids that tables speak of, ascending and without repeats, and each table's pairs as places in them."""
+    columns = [table[name] for table in tables for name in ("left_id", "right_id")]
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    encoded = pa.chunked_array(chunks, pa.string()).dictionary_encode().combine_chunks()
+    ids = encoded.dictionary
+    order = np.asarray(pc.sort_indices(ids))
+    place = np.empty(len(ids), np.int64)
+    place[order] = np.arange(len(ids))
+    sides = np.split(place[np.asarray(encoded.indices)], np.cumsum([len(column) for column in columns]))[:-1]
+    pairs = [
+        Pairs(left, right, table["distance"].to_numpy())
+        for table, left, right in zip(tables, sides[::2], sides[1::2], strict=True)
+    ]
+    return ids.take(pa.array(order)), pairs
 
-    ids: pa.Array
-    group: Indices
-    near: Pairs
 
-    @classmethod
-    def of(cls, table: pa.Table) -> "_Evidence":
-        columns = [table["left_id"], table["right_id"]]
-        ids = pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
-        ids = ids.take(pc.sort_indices(ids))
-        left, right = (pc.index_in(column, ids).to_numpy().astype(np.int64) for column in columns)
-        distance = table["distance"].to_numpy()
-        equal = distance == 0
-        links = coo_array((equal[equal], (left[equal], right[equal])), shape=(len(ids), len(ids)))
-        group = connected_components(links, directed=False)[1].astype(np.int64)
-        return cls(ids, group, _once(Pairs(group[left[~equal]], group[right[~equal]], distance[~equal])))
-
-    def stored(self, wanted: Indices) -> pa.Table:
-        """Return the stored form of what concerns the wanted samples, given by position."""
-        nobody = len(self.ids)
-        centre = np.full(nobody, nobody)
-        np.minimum.at(centre, self.group[wanted], wanted)
-        others = wanted[centre[self.group[wanted]] != wanted]
-        left, right = centre[self.near.left], centre[self.near.right]
-        both = (left < nobody) & (right < nobody)
-        return self._table(
-            Pairs(
-                np.r_[centre[self.group[others]], left[both]],
-                np.r_[others, right[both]],
-                np.r_[np.zeros(len(others), np.float32), self.near.distance[both]],
-            )
+def only_wanted(pairs: Pairs, wanted: NDArray[np.bool_]) -> Pairs:
+    """Return the stored form of what pairs say of the wanted samples, given by place."""
+    group, near = _groups(pairs, len(wanted))
+    nobody, places = len(wanted), np.flatnonzero(wanted)
+    centre = np.full(nobody, nobody)
+    np.minimum.at(centre, group[places], places)
+    others = places[centre[group[places]] != places]
+    left, right = centre[near.left], centre[near.right]
+    both = (left < nobody) & (right < nobody)
+    return _once(
+        Pairs(
+            np.r_[centre[group[others]], left[both]],
+            np.r_[others, right[both]],
+            np.r_[np.zeros(len(others), np.float32), near.distance[both]],
         )
+    )
 
-    def expanded(self, limit: int) -> pa.Table:
-        """Return all pairs of samples."""
-        sizes = np.bincount(self.group)
-        groups = Groups(np.argsort(self.group, kind="stable"), np.cumsum(sizes) - sizes, sizes)
-        return self._table(groups.expand(self.near, limit))
 
-    def _table(self, pairs: Pairs) -> pa.Table:
-        pairs = _once(pairs)
-        return pa.table(
-            [self.ids.take(pa.array(pairs.left)), self.ids.take(pa.array(pairs.right)), pairs.distance], schema=PAIRS
-        )
+def _groups(pairs: Pairs, count: int) -> tuple[Indices, Pairs]:
+    """Each sample's group, and the groups that are near each other."""
+    equal = pairs.distance == 0
+    links = coo_array((equal[equal], (pairs.left[equal], pairs.right[equal])), shape=(count, count))
+    group = connected_components(links, directed=False)[1].astype(np.int64)
+    return group, _once(Pairs(group[pairs.left[~equal]], group[pairs.right[~equal]], pairs.distance[~equal]))
+
+
+def _decoded(ids: pa.StringArray, pairs: Pairs) -> pa.Table:
+    return pa.table([ids.take(pa.array(pairs.left)), ids.take(pa.array(pairs.right)), pairs.distance], schema=PAIRS)
 
 
 def _once(pairs: Pairs) -> Pairs:

@@ -94,7 +94,7 @@ def _histograms(measured: Measured) -> list[Histogram]:
 
 def _overlap(measured: Measured, names: list[str]) -> list[tuple[str, list[int]]]:
     """Rows of the overlap matrix: how many samples fail both conditions; on the diagonal, only that one."""
-    counts = count_overlap(measured.samples["failed"])
+    counts = count_overlap(Counter(map(tuple, measured.samples["failed"].to_pylist())))
     return [(one, [counts.get((one, other), 0) for other in names]) for one in names]
 
 

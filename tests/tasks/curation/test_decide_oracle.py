@@ -1,4 +1,4 @@
-"""`decide` as a whole against the rules written out in plain Python, on drawn pools, policies and pairs.
+"""`decide` and `compare` as a whole against the rules written out in plain Python, on drawn pools, policies and pairs.
 
 NULL is None and logic has three values; numbers are multiples of 1/8, so that none is rounded anywhere.
 """
@@ -7,8 +7,10 @@ import hashlib
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.record import read_record
+from storage.refs import PairsRef, PoolRef, SignalRef
 from storage.warehouse import Warehouse
 from tasks.curation.decide import decide
 from tasks.curation.funnel import Funnel
 from tasks.curation.policy import DuplicateRule, Policy
+from tasks.curation.whatif import compare
 from tests.tasks.curation.handmade import write_pairs, write_pool, write_signals
 
 Row = Mapping[str, Any]
@@ -201,7 +205,12 @@ def components(case: Case, candidates: Sequence[str]) -> Taken:
     return taken
 
 
-def found(case: Case) -> tuple[dict[str, Verdict], Funnel]:
+Written = tuple[Warehouse, PoolRef, list[SignalRef], list[PairsRef]]
+
+
+@contextmanager
+def written(case: Case) -> Iterator[Written]:
+    """The case's samples, signals and pairs in a warehouse."""
     with tempfile.TemporaryDirectory() as folder:
         warehouse = Warehouse(folder)
         bounds = [0, *(min(end, len(case.rows)) for end in case.ends), len(case.rows)]
@@ -224,6 +233,11 @@ def found(case: Case) -> tuple[dict[str, Verdict], Funnel]:
                 warehouse, "semantic", [(a, b, abs(d) * STEP) for (a, b), d in far.items() if abs(d) * STEP <= REACH]
             ),
         ]
+        yield warehouse, pool, signals, pairs
+
+
+def found(case: Case) -> tuple[dict[str, Verdict], Funnel]:
+    with written(case) as (warehouse, pool, signals, pairs):
         ref = decide(pool, case.policy, signals, pairs, warehouse=warehouse).ref
         table = pa.concat_tables(warehouse.read_table(ref.table(shard)) for shard in pool.shards)
         record = read_record(warehouse, ref.record)
@@ -250,3 +264,36 @@ def test_every_verdict_is_that_of_the_rules_written_out(case: Case) -> None:
     assert [stage.fails for stage in funnel.duplicates] == [
         sum(not verdict[1] and verdict[3] == rule.name for verdict in rules.values()) for rule in case.rules
     ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, cases)
+def test_a_comparison_counts_what_the_rules_say_of_either_policy(case: Case, drawn: Case) -> None:
+    other = replace(case, conditions=drawn.conditions, rules=drawn.rules, prefer=drawn.prefer)
+    a, b = expected(case), expected(other)
+    with written(case) as (warehouse, pool, signals, pairs):
+        compared = compare(pool, case.policy, other.policy, signals, pairs, warehouse=warehouse, by="language")
+    assert compared.both == sum(a[sample][0] and b[sample][0] for sample in case.rows)
+    assert (compared.only_a, compared.only_b) == (reasons(b, a), reasons(a, b))
+    assert (compared.overlap_a, compared.overlap_b) == (overlap(a), overlap(b))
+    languages = Counter(row["language"] for row in case.rows.values())
+    kept = [Counter(row["language"] for sample, row in case.rows.items() if said[sample][0]) for said in (a, b)]
+    assert set(compared.groups) == {(name, n, kept[0][name], kept[1][name]) for name, n in languages.items()}
+
+
+def reasons(rejecting: Mapping[str, Verdict], keeping: Mapping[str, Verdict]) -> dict[tuple[str, ...], int]:
+    """Why one policy rejects what the other keeps."""
+    return Counter(
+        tuple(failed) or (f"duplicate: {rule}",)
+        for sample, (kept, failed, _, rule, _) in rejecting.items()
+        if keeping[sample][0] and not kept
+    )
+
+
+def overlap(verdicts: Mapping[str, Verdict]) -> dict[tuple[str, str], int]:
+    """Samples that fail both of two conditions, or one alone."""
+    found = [failed for _, failed, *_ in verdicts.values()]
+    names = {name for failed in found for name in failed}
+    counts = {(x, y): sum({x, y} <= set(failed) for failed in found) for x in names for y in names if x != y}
+    counts |= {(x, x): sum(failed == [x] for failed in found) for x in names}
+    return {pair: count for pair, count in counts.items() if count}

@@ -1,5 +1,6 @@
 """What-if answers against decisions made for real."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from storage.refs import PoolRef, SignalRef
 from storage.warehouse import Warehouse
 from tasks.curation.conditions import PolicyError
 from tasks.curation.decide import decide
-from tasks.curation.funnel import Funnel
+from tasks.curation.funnel import Funnel, count_overlap
 from tasks.curation.policy import Policy
 from tasks.curation.whatif import SWEEP, compare, sweep
 from tests.tasks.curation.handmade import write_pairs, write_pool, write_signals
@@ -128,3 +129,58 @@ def test_a_policy_compared_with_itself_keeps_the_same(evidence):
     found = compare(pool, POLICY, POLICY, signals, pairs, warehouse=warehouse)
     assert (found.only_a, found.only_b, found.groups) == ({}, {}, ())
     assert found.both == found.kept_a == found.kept_b > 0
+
+
+@pytest.mark.parametrize("rule", ["greedy", "official", "components"])
+def test_a_comparison_is_that_of_decisions_with_every_kind_of_rule(tmp_path, rule):
+    rng = np.random.default_rng(1)
+    rows = {
+        f"s{at:03}": {
+            "clip_score": round(float(rng.uniform(0, 1)), 1),
+            "width": int(rng.integers(100, 400)),
+            "language": [None, "en", "de"][at % 3],
+            "concepts": [f"c{concept}" for concept in rng.integers(0, 4, at % 3)],
+        }
+        for at in range(90)
+    }
+    warehouse = Warehouse(str(tmp_path))
+    ids = list(rows)
+    pool = write_pool(warehouse, {name: rows[name] for name in ids[:40]}, {name: rows[name] for name in ids[40:]})
+    exam = write_pool(warehouse, {"x": {}}, name="exam")
+    signals = write_signals(warehouse, pool, rows)
+    near = {(ids[at], ids[at + step]): step / 50 for at in range(0, 60, 2) for step in (1, 2)}
+    pairs = [
+        write_pairs(warehouse, "semantic", [(*pair, distance) for pair, distance in near.items()]),
+        write_pairs(warehouse, "bytes", [("s070", "x", 0), ("s070", "s071", 0), ("s080", "s081", 0)]),
+    ]
+    content = {
+        "name": "p",
+        "parameters": {"share": 0.9, "near": 0.02, "at_most": 9},
+        "conditions": {"side": "width >= 130", "best": {"top_fraction": "$share", "of": "clip_score"}},
+        "decontaminate": {"leak": {"against": ["exam"], "pairs": ["bytes"]}},
+        "duplicates": {"exact": ["bytes"], "near": {"pairs": ["semantic"], "max_distance": "$near", "rule": rule}},
+        "prefer": ["clip_score desc", "width asc"],
+        "limits": {
+            "few": {"cap_per": "language", "at_most": 15},
+            "even": {"balance": "concepts", "at_most": "$at_most"},
+        },
+    }
+    a = Policy.model_validate(content)
+    b = a.with_parameters({"share": 0.7, "near": 0.04, "at_most": 5})
+    before = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    found = compare(pool, a, b, signals, pairs, evaluation_pools=[exam], warehouse=warehouse)
+    assert sorted(file for file in tmp_path.rglob("*") if file.is_file()) == before
+    decided = []
+    for policy in (a, b):
+        ref = decide(pool, policy, signals, pairs, evaluation_pools=[exam], warehouse=warehouse).ref
+        decided.append([row for shard in pool.shards for row in warehouse.read_table(ref.table(shard)).to_pylist()])
+    stages = {reason for rows in decided for row in rows for reason in (*row["failed"], row["duplicate_rule"])}
+    assert stages >= {"side", "best", "leak", "exact", "near", "few", "even"}
+    for keeping, rejecting, only, overlap in (
+        (decided[0], decided[1], found.only_a, found.overlap_b),
+        (decided[1], decided[0], found.only_b, found.overlap_a),
+    ):
+        lost = [there for here, there in zip(keeping, rejecting, strict=True) if here["kept"] and not there["kept"]]
+        assert only == Counter(tuple(row["failed"]) or (f"duplicate: {row['duplicate_rule']}",) for row in lost)
+        assert overlap == count_overlap(Counter(tuple(row["failed"]) for row in rejecting))
+    assert found.both == sum(x["kept"] and y["kept"] for x, y in zip(*decided, strict=True))
