@@ -1,0 +1,77 @@
+"""Copies of a picture that somebody has altered: cropped, turned, framed or toned, as pools from the web hold them.
+
+What the caption says stays true, but a perceptual hash no longer finds them: they are for embeddings to find.
+"""
+
+import io
+import math
+import random
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from tasks.curation.sample_images import EVERYDAY_FORMATS, ImageFile, encode
+from tasks.curation.signals.perceptual import THUMBNAIL, phash
+from tasks.curation.signals.thumbnail import thumbnail
+
+NEAR = 4
+"""Differing bits of 64 up to which a perceptual hash finds a copy; altered ones differ in more."""
+
+_FRAMES = ((255, 255, 255), (0, 0, 0), (128, 128, 128))
+
+
+def encode_altered(data: bytes, *, rng: random.Random) -> ImageFile:
+    """Decode an image, alter it until its perceptual hash is more than `NEAR` away, and encode it as wide as it was."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    while True:
+        altered = alter(image, rng)
+        size = (image.width, round(altered.height * image.width / altered.width))
+        file = encode(altered.resize(size, Image.Resampling.LANCZOS), file_format=rng.choice(EVERYDAY_FORMATS), rng=rng)
+        if _bits_apart(image, Image.open(io.BytesIO(file.data)).convert("RGB")) > NEAR:
+            return file
+
+
+def alter(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Crop, turn or frame an RGB image, one time in three two of these; half of the time change its tones too."""
+    changes = rng.sample((_crop, _turn, _frame), 2 if rng.random() < 1 / 3 else 1)
+    if rng.random() < 0.5:
+        changes.append(_tone)
+    for change in changes:
+        image = change(image, rng)
+    return image
+
+
+def _crop(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Cut 5 to 12 % off the width and the height, from any side."""
+    width, height = (round(side * (1 - rng.uniform(0.05, 0.12))) for side in image.size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _turn(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Turn by 2 to 4 degrees either way, and cut the empty corners off."""
+    degrees = rng.choice((-1, 1)) * rng.uniform(2, 4)
+    angle = math.radians(abs(degrees))
+    longer, shorter = max(image.size), min(image.size)
+    share = 1 / (math.cos(angle) + math.sin(angle) * longer / shorter)
+    width, height = (int(side * share) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    turned = image.rotate(degrees, Image.Resampling.BICUBIC)
+    return turned.crop((left, top, left + width, top + height))
+
+
+def _frame(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Put a plain frame of 3 to 7 % of the shorter side around it."""
+    return ImageOps.expand(image, round(min(image.size) * rng.uniform(0.03, 0.07)), rng.choice(_FRAMES))
+
+
+def _tone(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Change brightness and contrast by up to 15 %, and saturation by up to 20 %."""
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.85, 1.15))
+    image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.85, 1.15))
+    return ImageEnhance.Color(image).enhance(rng.uniform(0.8, 1.2))
+
+
+def _bits_apart(one: Image.Image, other: Image.Image) -> int:
+    codes = phash(np.stack([thumbnail(np.asarray(image), THUMBNAIL) for image in (one, other)]))
+    return int(codes[0] ^ codes[1]).bit_count()
