@@ -6,6 +6,7 @@ What the caption says stays true, but a perceptual hash no longer finds them: th
 import io
 import math
 import random
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -17,23 +18,34 @@ from tasks.curation.signals.thumbnail import thumbnail
 NEAR = 4
 """Differing bits of 64 up to which a perceptual hash finds a copy; altered ones differ in more."""
 
+_MARGIN = 0.06
+"""Share of a side that a crop may take off one end: shapes lose a little at most, so the caption stays true."""
+
 _FRAMES = ((255, 255, 255), (0, 0, 0), (128, 128, 128))
 
 
 def encode_altered(data: bytes, *, rng: random.Random) -> ImageFile:
-    """Decode an image, alter it until its perceptual hash is more than `NEAR` away, and encode it as wide as it was."""
+    """Decode an image, alter it until its perceptual hash is more than `NEAR` away, and encode it again.
+
+    Its shorter side is as long as it was, so that no condition on sizes takes it.
+    """
     image = Image.open(io.BytesIO(data)).convert("RGB")
     while True:
-        altered = alter(image, rng)
-        size = (image.width, round(altered.height * image.width / altered.width))
-        file = encode(altered.resize(size, Image.Resampling.LANCZOS), file_format=rng.choice(EVERYDAY_FORMATS), rng=rng)
+        altered = alter(image, rng, most_cut=_MARGIN)
+        scale = min(image.size) / min(altered.size)
+        scaled = altered.resize((round(altered.width * scale), round(altered.height * scale)), Image.Resampling.LANCZOS)
+        file = encode(scaled, file_format=rng.choice(EVERYDAY_FORMATS), rng=rng)
         if _bits_apart(image, Image.open(io.BytesIO(file.data)).convert("RGB")) > NEAR:
             return file
 
 
-def alter(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Crop, turn or frame an RGB image, one time in three two of these; half of the time change its tones too."""
-    changes = rng.sample((_crop, _turn, _frame), 2 if rng.random() < 1 / 3 else 1)
+def alter(image: Image.Image, rng: random.Random, *, most_cut: float = 0.12) -> Image.Image:
+    """Crop, turn or frame an RGB image, one time in three two of these; half of the time change its tones too.
+
+    Crops take 5 to 12 % off the width and the height, and at most `most_cut` of either from one end.
+    """
+    crop = partial(_crop, most_cut=most_cut)
+    changes = rng.sample((crop, _turn, _frame), 2 if rng.random() < 1 / 3 else 1)
     if rng.random() < 0.5:
         changes.append(_tone)
     for change in changes:
@@ -41,11 +53,16 @@ def alter(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
-def _crop(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Cut 5 to 12 % off the width and the height, from any side."""
+def _crop(image: Image.Image, rng: random.Random, *, most_cut: float) -> Image.Image:
     width, height = (round(side * (1 - rng.uniform(0.05, 0.12))) for side in image.size)
-    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    left, top = _cut(image.width, width, most_cut, rng), _cut(image.height, height, most_cut, rng)
     return image.crop((left, top, left + width, top + height))
+
+
+def _cut(side: int, left_over: int, most_cut: float, rng: random.Random) -> int:
+    """Draw how many pixels of `side` go at its beginning, the rest of what goes at its end."""
+    most, goes = math.ceil(side * most_cut), side - left_over
+    return rng.randint(max(0, goes - most), min(goes, most))
 
 
 def _turn(image: Image.Image, rng: random.Random) -> Image.Image:

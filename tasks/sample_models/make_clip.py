@@ -1,6 +1,6 @@
 """Train the small CLIP in `tasks/sample_models/clip/`, the offline sample's default for image–text scores.
 
-    python -m tasks.sample_models.make_clip --images 120000 --steps 5000 --out tasks/sample_models/clip
+    python -m tasks.sample_models.make_clip --images 80000 --steps 4000 --out tasks/sample_models/clip
 
 The result is an ordinary open_clip folder (`local-dir:…`): configuration, f16 weights and a tokenizer.
 """
@@ -87,8 +87,8 @@ class Separation:
 def main() -> None:
     """Read the command line, train, save and print how well never-seen pairs separate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=120_000, help="pictures drawn to train on")
-    parser.add_argument("--steps", type=int, default=5_000, help=f"optimizer steps of {_BATCH} pairs")
+    parser.add_argument("--images", type=int, default=80_000, help="pictures drawn to train on")
+    parser.add_argument("--steps", type=int, default=4_000, help=f"optimizer steps of {_BATCH} pairs")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures")
     parser.add_argument("--seed", type=int, default=0)
