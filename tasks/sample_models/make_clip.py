@@ -48,7 +48,7 @@ MODEL_CONFIG: dict[str, Any] = {
 # Squashed, not cropped: what a caption says is on the left must stay in the picture.
 PREPROCESS_CONFIG = {"resize_mode": "squash", "interpolation": "bicubic"}
 BOUNDARY = 0.28
-"""The cosine that training puts between matched and mismatched pairs: the default policy's threshold."""
+"""The cosine that training puts between matched and mismatched pairs: the sample policy's threshold."""
 
 COPY_BOUNDARY = 0.9
 """The cosine that training puts between altered copies of one picture and different pictures."""
