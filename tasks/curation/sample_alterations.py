@@ -6,6 +6,7 @@ What the caption says stays true, but a perceptual hash no longer finds them: th
 import io
 import math
 import random
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -17,6 +18,8 @@ from tasks.curation.signals.thumbnail import thumbnail
 
 NEAR = 4
 """Differing bits of 64 up to which a perceptual hash finds a copy; altered ones differ in more."""
+
+_Change = Callable[[Image.Image, random.Random], Image.Image]
 
 _MARGIN = 0.06
 """Share of a side that a crop may take off one end: shapes lose a little at most, so the caption stays true."""
@@ -44,8 +47,8 @@ def alter(image: Image.Image, rng: random.Random, *, most_cut: float = 0.12) -> 
 
     Crops take 5 to 12 % off the width and the height, and at most `most_cut` of either from one end.
     """
-    crop = partial(_crop, most_cut=most_cut)
-    changes = rng.sample((crop, _turn, _frame), 2 if rng.random() < 1 / 3 else 1)
+    kinds: tuple[_Change, ...] = (partial(_crop, most_cut=most_cut), _turn, _frame)
+    changes = rng.sample(kinds, 2 if rng.random() < 1 / 3 else 1)
     if rng.random() < 0.5:
         changes.append(_tone)
     for change in changes:
