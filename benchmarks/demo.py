@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import record
@@ -15,7 +16,7 @@ from flows.demo import scores
 from storage.catalog import connect
 from storage.snapshot import find_snapshot
 from storage.warehouse import Warehouse
-from tasks.curation.sample_truth import SampleTruth
+from tasks.curation.sample_truth import FilterScore, SampleTruth
 
 
 def main() -> None:
@@ -45,7 +46,8 @@ def main() -> None:
         "new_shard_seconds": new_shard,
         "accuracy_before": accuracy[False],
         "accuracy_after": accuracy[True],
-        "worst_deterministic_recall": min(score.recall for score in found if score.deterministic),
+        **worst([score for score in found if score.deterministic], "deterministic"),
+        **worst([score for score in found if not score.deterministic], "judged"),
     }
     details = {
         "signal_tables_measured": {
@@ -59,6 +61,12 @@ def main() -> None:
         print(f"{name:28}{value:8.2f}")
     print(details)
     record("demo", figures, **details)
+
+
+def worst(found: Sequence[FilterScore], kind: str) -> dict[str, float]:
+    """Return the lowest recall and the lowest precision of some kinds of planted faults."""
+    precision = [score.precision for score in found if score.precision is not None]
+    return {f"worst_{kind}_recall": min(score.recall for score in found), f"worst_{kind}_precision": min(precision)}
 
 
 def run(folder: Path, *options: str) -> float:

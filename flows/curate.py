@@ -17,7 +17,7 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
-from flows.steps import Name, artifact_key, grouped, in_groups, step, task_runner
+from flows.steps import Name, artifact_key, grouped, in_groups, step, task_runner, together
 from storage.catalog import write_catalog
 from storage.pool import read_pool
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef, SnapshotRef
@@ -101,8 +101,7 @@ def curate(
 @step(task_run_name="ingest {name}", retries=2, retry_delay_seconds=5)
 def ingest(name: str, files: tuple[SourceFile, ...], *, pool: str, warehouse: Warehouse) -> Outcome[list[IngestedFile]]:
     """Add the new samples of some source files to the pool."""
-    outcomes = [ingest_file(file, pool=pool, warehouse=warehouse) for file in files]
-    return Outcome([o.ref for o in outcomes], cached=all(o.cached for o in outcomes))
+    return together(ingest_file(file, pool=pool, warehouse=warehouse) for file in files)
 
 
 @step(task_run_name="score {name}", retries=1)
@@ -110,8 +109,8 @@ def score(
     name: str, shards: tuple[ShardRef, ...], signals: list[Signal], *, warehouse: Warehouse
 ) -> Outcome[list[SignalRef]]:
     """Measure what the warehouse does not hold yet of the signals for some shards."""
-    outcomes = [outcome for shard in shards for outcome in score_shard(shard, signals, warehouse=warehouse)]
-    return Outcome([o.ref for o in outcomes[: len(signals)]], cached=all(o.cached for o in outcomes))
+    found = together(outcome for shard in shards for outcome in score_shard(shard, signals, warehouse=warehouse))
+    return Outcome(found.ref[: len(signals)], found.cached)
 
 
 @step(task_run_name="cluster {pool.name}")
@@ -177,12 +176,7 @@ def publish(
         blur_faces=blur_faces,
     )
     if not outcome.cached:
-        write_catalog(warehouse)
-        emit_event(
-            "tamis.snapshot.published",
-            resource={"prefect.resource.id": f"tamis.dataset.{dataset}"},
-            payload={"dataset": dataset, "snapshot": outcome.ref.number, "warehouse": warehouse.root},
-        )
+        tell_of(outcome.ref, warehouse=warehouse)
     return outcome
 
 
@@ -282,6 +276,16 @@ def pair_pool(
         for kind, wanted in reach.items()
     ]
     return [future.result() for future in futures]
+
+
+def tell_of(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
+    """Show a new snapshot in the catalog, and emit the event that deployments wait for."""
+    write_catalog(warehouse)
+    emit_event(
+        "tamis.snapshot.published",
+        resource={"prefect.resource.id": f"tamis.dataset.{snapshot.dataset}"},
+        payload={"dataset": snapshot.dataset, "snapshot": snapshot.number, "warehouse": warehouse.root},
+    )
 
 
 def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:

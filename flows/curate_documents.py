@@ -9,7 +9,6 @@ from typing import Literal
 import pyarrow as pa
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 
 from flows.curate import (
     CLUSTER_COLUMNS,
@@ -19,9 +18,9 @@ from flows.curate import (
     evaluation_sets,
     pair_pool,
     score_pool,
+    tell_of,
 )
-from flows.steps import Name, artifact_key, in_groups, step, task_runner
-from storage.catalog import write_catalog
+from flows.steps import Name, artifact_key, in_groups, step, task_runner, together
 from storage.pool import read_documents
 from storage.record import read_record
 from storage.refs import (
@@ -112,8 +111,7 @@ def ingest(
     name: str, files: tuple[SourceFile, ...], *, pool: str, warehouse: Warehouse
 ) -> Outcome[list[IngestedDocuments]]:
     """Add the new documents of some source files to the pool."""
-    outcomes = [ingest_document_file(file, pool=pool, warehouse=warehouse) for file in files]
-    return Outcome([o.ref for o in outcomes], cached=all(o.cached for o in outcomes))
+    return together(ingest_document_file(file, pool=pool, warehouse=warehouse) for file in files)
 
 
 @step(task_run_name="measure texts {name}", retries=1)
@@ -121,15 +119,15 @@ def measure(
     name: str, shards: tuple[DocumentShardRef, ...], signals: list[Signal], *, warehouse: Warehouse
 ) -> Outcome[list[TextSignalRef]]:
     """Measure what the warehouse does not hold yet of the text signals for some shards."""
-    outcomes = [outcome for shard in shards for outcome in measure_texts(shard, signals, warehouse=warehouse)]
-    return Outcome([o.ref for o in outcomes[: len(signals)]], cached=all(o.cached for o in outcomes))
+    found = together(outcome for shard in shards for outcome in measure_texts(shard, signals, warehouse=warehouse))
+    return Outcome(found.ref[: len(signals)], found.cached)
 
 
 @step(task_run_name="compare images and texts {name}", retries=1)
 def compare(name: str, shards: tuple[DocumentShardRef, ...], clip: Clip, *, warehouse: Warehouse) -> Outcome[SignalRef]:
     """Compare the images of some shards' documents with their texts."""
-    outcomes = [measure_similarity(shard, clip, warehouse=warehouse) for shard in shards]
-    return Outcome(similarity_ref(clip), cached=all(o.cached for o in outcomes))
+    measured = together(measure_similarity(shard, clip, warehouse=warehouse) for shard in shards)
+    return Outcome(similarity_ref(clip), measured.cached)
 
 
 @step(task_run_name="decide documents by {policy.name}")
@@ -151,12 +149,7 @@ def publish(dataset: str, judged: Judged, pairs: list[PairsRef], *, warehouse: W
     """Publish the documents that were kept as the dataset's next snapshot."""
     outcome = publishing.publish_documents(dataset, judged, pairs, warehouse=warehouse)
     if not outcome.cached:
-        write_catalog(warehouse)
-        emit_event(
-            "tamis.snapshot.published",
-            resource={"prefect.resource.id": f"tamis.dataset.{dataset}"},
-            payload={"dataset": dataset, "snapshot": outcome.ref.number, "warehouse": warehouse.root},
-        )
+        tell_of(outcome.ref, warehouse=warehouse)
     return outcome
 
 

@@ -24,6 +24,7 @@ from tasks.curation.sample_truth import TRUTH_FILE, FilterScore, SampleDecision,
 from tasks.curation.signals import SignalSettings
 
 SAMPLE_CLIP = "local-dir:tasks/sample_models/clip"
+SAMPLE_POLICY = "deployments/policies/sample.yaml"
 CLIP_MIN = 0.28
 TEST_PROMPTS = 100
 
@@ -58,6 +59,7 @@ def main() -> None:
     curation: dict[str, Any] = {
         "dataset": "sample",
         "source": truth.source,
+        "policy": SAMPLE_POLICY,
         "policy_parameters": {"clip_min": arguments.clip_min},
         "signals": SignalSettings(clip_model=SAMPLE_CLIP),
         "warehouse": warehouse.root,
@@ -87,12 +89,12 @@ def scores(truth: SampleTruth, snapshot: SnapshotRef, *, warehouse: Warehouse) -
     """Compare the snapshot's decisions, and what ingest put into quarantine, with what was planted."""
     with connect(warehouse) as catalog:
         decided = catalog.execute(
-            "SELECT s.key, d.kept, d.failed, o.key FROM decisions d JOIN samples s USING (sample_id) "
+            "SELECT s.key, d.kept, d.failed, o.key, d.duplicate_rule FROM decisions d JOIN samples s USING (sample_id) "
             "LEFT JOIN samples o ON o.sample_id = d.duplicate_of WHERE d.dataset = ? AND d.snapshot = ?",
             [snapshot.dataset, snapshot.number],
         ).fetchall()
         unreadable = catalog.execute("SELECT DISTINCT key FROM quarantine").fetchall()
-    decisions = [SampleDecision(key, kept, tuple(failed), other) for key, kept, failed, other in decided]
+    decisions = [SampleDecision(key, kept, tuple(failed), *duplicate) for key, kept, failed, *duplicate in decided]
     decisions += [SampleDecision(key, kept=False, quarantined=True) for (key,) in unreadable]
     return score_filters(truth, decisions)
 

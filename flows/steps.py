@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 from prefect import Task, task
@@ -48,6 +48,12 @@ def step(**options: Any) -> Callable[[Callable[P, Outcome[R]]], Task[P, Any]]:
 
 def _may_pass(_task: Any, _run: Any, failed: State) -> bool:
     return not isinstance(failed.result(raise_on_failure=False), ValueError)
+
+
+def together(outcomes: Iterable[Outcome[R]]) -> Outcome[list[R]]:
+    """Return many outcomes as one, which is cached if they all are."""
+    found = list(outcomes)
+    return Outcome([outcome.ref for outcome in found], cached=all(outcome.cached for outcome in found))
 
 
 def taken(result: Any) -> Any:

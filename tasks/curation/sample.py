@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.curation import sample_captions, sample_images
+from tasks.curation.sample_alterations import encode_altered
 from tasks.curation.sample_images import ImageFile
 from tasks.curation.sample_truth import FILTERS, PlantedSample, SampleTruth
 from tasks.curation.scene import Scene, describe, draw_scene, draw_unlike, render
@@ -25,6 +26,7 @@ _PER_THOUSAND = {
     "byte_copy": 20,
     "reencoded_copy": 20,
     "resized_copy": 20,
+    "semantic_copy": 20,
     "mismatched_caption": 25,
     "filename_caption": 12,
     "url_caption": 12,
@@ -45,7 +47,7 @@ _PER_THOUSAND = {
     "animated": 12,
     "grayscale": 12,
 }
-_COPIES = frozenset({"byte_copy", "reencoded_copy", "resized_copy"})
+_COPIES = frozenset({"byte_copy", "reencoded_copy", "resized_copy", "semantic_copy"})
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,18 @@ def _draw(plan: _Plan, seed: int | str) -> _Drawn:
 def _copy(original: _Drawn, kind: str, rng: random.Random) -> _Drawn:
     if kind == "byte_copy":
         return original
+    image = _image_copy(original.image, kind, rng)
+    return _Drawn(original.scene, image, describe(original.scene, rng).encode())
+
+
+def _image_copy(original: ImageFile, kind: str, rng: random.Random) -> ImageFile:
+    if kind == "semantic_copy":
+        return encode_altered(original.data, rng=rng)
     scale = 1.0
     if kind == "resized_copy":
-        smallest = 205 / min(original.image.width, original.image.height)  # stays clear of the size condition
+        smallest = 205 / min(original.width, original.height)  # stays clear of the size condition
         scale = rng.uniform(max(smallest, 0.6), 0.9) if smallest < 0.85 else rng.uniform(1.15, 1.5)
-    image = sample_images.encode_copy(original.image.data, scale=scale, rng=rng)
-    return _Drawn(original.scene, image, describe(original.scene, rng).encode())
+    return sample_images.encode_copy(original.data, scale=scale, rng=rng)
 
 
 def _caption(plan: _Plan, scene: Scene, rng: random.Random) -> str | bytes:

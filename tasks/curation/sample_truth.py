@@ -10,14 +10,14 @@ from pathlib import Path
 
 TRUTH_FILE = "truth.jsonl"
 
-DUPLICATE = "duplicate"
 QUARANTINE = "quarantine"
 KEPT = "kept"
 
 FILTERS: Mapping[str, tuple[str, ...]] = {
-    "byte_copy": (DUPLICATE,),
-    "reencoded_copy": (DUPLICATE,),
-    "resized_copy": (DUPLICATE,),
+    "byte_copy": ("exact",),
+    "reencoded_copy": ("exact", "perceptual"),  # a lossless copy has the same pixels
+    "resized_copy": ("perceptual",),
+    "semantic_copy": ("semantic",),
     "mismatched_caption": ("clip",),
     "filename_caption": ("caption_text",),
     "url_caption": ("caption_text",),
@@ -38,9 +38,13 @@ FILTERS: Mapping[str, tuple[str, ...]] = {
     "animated": (KEPT,),
     "grayscale": (KEPT,),
 }
-"""What should become of each planted oddity: a condition of the default policy, `DUPLICATE`, `QUARANTINE` or `KEPT`."""
+"""What should become of each planted oddity: conditions and duplicate rules of the sample's policy, `QUARANTINE` or
+`KEPT`."""
 
-MODEL_JUDGED = frozenset({"mismatched_caption", "foreign_caption"})
+DUPLICATE_RULES = frozenset({"exact", "perceptual", "semantic"})
+"""Those of the names in `FILTERS` that are duplicate rules."""
+
+MODEL_JUDGED = frozenset({"mismatched_caption", "foreign_caption", "semantic_copy"})
 """Faults that only a model can see; finding the others takes no judgement, so their recall should be 1."""
 
 
@@ -90,12 +94,15 @@ class SampleTruth:
 
 @dataclass(frozen=True)
 class SampleDecision:
-    """What a run made of one sample: every failed condition, the surviving copy's key, or that it could not be read."""
+    """What a run made of one sample: every failed condition, the surviving copy's key and the rule that joined the two,
+    or that it could not be read.
+    """
 
     key: str
     kept: bool
     failed: tuple[str, ...] = ()
     duplicate_of: str | None = None
+    duplicate_rule: str | None = None
     quarantined: bool = False
 
 
@@ -133,8 +140,8 @@ class FilterScore:
 def score_filters(truth: SampleTruth, decisions: Iterable[SampleDecision]) -> list[FilterScore]:
     """Score each kind of oddity that was planted, in the order of `FILTERS`.
 
-    A copy counts as found when either it or another member of its group was rejected as the duplicate of the other; a
-    duplicate rejection is wrong when the two share no group. A sample without a decision counts as not found.
+    A copy counts as found when the right rule rejected either it or another member of its group as the duplicate of the
+    other; a duplicate rejection is wrong when the two share no group. A sample without a decision counts as not found.
     """
     decided = {decision.key: decision for decision in decisions}
     planted = {sample.key: sample for sample in truth.samples}
@@ -150,7 +157,7 @@ def score_filters(truth: SampleTruth, decisions: Iterable[SampleDecision]) -> li
             continue
         caught = {key: is_wrong for name in filters for key, is_wrong in rejections.get(name, {}).items()}
         found = sum(sample.key in caught for sample in samples)
-        if filters == (DUPLICATE,):
+        if DUPLICATE_RULES.issuperset(filters):
             survivors = {decided[key].duplicate_of for key, is_wrong in caught.items() if not is_wrong}
             found = sum(sample.key in caught or sample.key in survivors for sample in samples)
         scores.append(FilterScore(oddity, filters, len(samples), found, len(caught), sum(caught.values())))
@@ -168,8 +175,8 @@ def _rejections(
             rejections.setdefault(name, {})[key] = not sample.is_faulty
         if decision.quarantined:
             rejections.setdefault(QUARANTINE, {})[key] = not sample.is_faulty
-        if decision.duplicate_of is not None:
+        if decision.duplicate_of is not None and decision.duplicate_rule is not None:
             other = planted[decision.duplicate_of]
             is_wrong = sample.group is None or sample.group != other.group
-            rejections.setdefault(DUPLICATE, {})[key] = is_wrong
+            rejections.setdefault(decision.duplicate_rule, {})[key] = is_wrong
     return rejections

@@ -1,12 +1,11 @@
 """Train the small CLIP in `tasks/sample_models/clip/`, the offline sample's default for image–text scores.
 
-    python -m tasks.sample_models.make_clip --images 120000 --steps 5000 --out tasks/sample_models/clip
+    python -m tasks.sample_models.make_clip --images 80000 --steps 4000 --out tasks/sample_models/clip
 
 The result is an ordinary open_clip folder (`local-dir:…`): configuration, f16 weights and a tokenizer.
 """
 
 import argparse
-import io
 import json
 import logging
 import multiprocessing
@@ -20,19 +19,21 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional
 
-from tasks.curation.sample_images import draw_everyday_format, draw_size, encode, is_achromatic
+from tasks.curation.sample_alterations import alter
+from tasks.curation.sample_images import draw_size
 from tasks.curation.scene import Scene, describe, draw_scene, draw_unlike, render
+from tasks.sample_models.clip_scenes import CHUNK, PHRASINGS, SIDE, Pictures, draw_chunk, through_file
 
 log = logging.getLogger(__name__)
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "layers": [1, 2, 2, 1], "width": 16},  # a list of layers means a ResNet
+    "vision_cfg": {"image_size": SIDE, "layers": [1, 2, 2, 1], "width": 16},  # a list of layers means a ResNet
     "text_cfg": {
         "hf_tokenizer_name": "local",  # open_clip reads the tokenizer from the folder whenever a name is given
         "context_length": 40,
@@ -47,14 +48,29 @@ MODEL_CONFIG: dict[str, Any] = {
 # Squashed, not cropped: what a caption says is on the left must stay in the picture.
 PREPROCESS_CONFIG = {"resize_mode": "squash", "interpolation": "bicubic"}
 BOUNDARY = 0.28
-"""The cosine that training puts between matched and mismatched pairs: the default policy's threshold."""
+"""The cosine that training puts between matched and mismatched pairs: the sample policy's threshold."""
+
+COPY_BOUNDARY = 0.9
+"""The cosine that training puts between altered copies of one picture and different pictures."""
 
 _SHARPNESS = 16.0
-_PHRASINGS_PER_IMAGE = 4
-_CHUNK = 250
+_COPY_SHARPNESS = 32.0
 _BATCH = 256
 _PEAK_LEARNING_RATE = 2e-3
-_FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.BOX)
+
+
+@dataclass(frozen=True)
+class CopySeparation:
+    """How far altered copies are nearer to their originals than different pictures are to each other.
+
+    `copies_low` is the first percentile of copies' cosines, `strangers_high` the highest of all other pairs'; `recall`
+    and `wrong_pairs` are of taking all above `COPY_BOUNDARY` for copies.
+    """
+
+    copies_low: float
+    strangers_high: float
+    recall: float
+    wrong_pairs: int
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,8 @@ class Separation:
 def main() -> None:
     """Read the command line, train, save and print how well never-seen pairs separate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=120_000, help="pictures drawn to train on")
-    parser.add_argument("--steps", type=int, default=5_000, help=f"optimizer steps of {_BATCH} pairs")
+    parser.add_argument("--images", type=int, default=80_000, help="pictures drawn to train on")
+    parser.add_argument("--steps", type=int, default=4_000, help=f"optimizer steps of {_BATCH} pairs")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,13 +100,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_configuration(arguments.out)
     with multiprocessing.Pool(arguments.workers) as pool:
-        seeds = [f"clip {arguments.seed} {chunk}" for chunk in range(arguments.images // _CHUNK)]
-        drawn = pool.imap(_draw_chunk, seeds)
-        images, captions = _collect(drawn, arguments.out)
-    log.info("drew %d images", len(images))
-    model = train(images, captions, steps=arguments.steps, seed=arguments.seed)
+        seeds = [f"clip {arguments.seed} {chunk}" for chunk in range(arguments.images // CHUNK)]
+        pictures = _collect(pool.imap(draw_chunk, seeds), arguments.out)
+    log.info("drew %d pictures", len(pictures))
+    model = train(pictures, steps=arguments.steps, seed=arguments.seed)
     save_weights(model, arguments.out)
     log.info("%s", separation(arguments.out, pairs=600, seed=f"held out {arguments.seed}"))
+    log.info("%s", copy_separation(arguments.out, pictures=1000, seed=f"held out {arguments.seed}"))
 
 
 def write_configuration(folder: Path) -> None:
@@ -130,65 +146,35 @@ def _train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _draw_chunk(seed: str) -> tuple[np.ndarray, list[str]]:
-    """Draw `_CHUNK` pictures as uint8 (chunk, 3, side, side) and, flat, `_PHRASINGS_PER_IMAGE` captions of each."""
-    rng = random.Random(seed)
-    side = MODEL_CONFIG["vision_cfg"]["image_size"]
-    images = np.empty((_CHUNK, 3, side, side), dtype=np.uint8)
-    captions = []
-    for row in range(_CHUNK):
-        scene = draw_scene(rng)
-        width, height = draw_size(rng)
-        # Most pictures are drawn small, which is many times faster and looks the same at the model's size.
-        shrink = 1.0 if rng.random() < 0.05 else rng.uniform(0.35, 0.55)
-        size = (round(width * shrink), round(height * shrink))
-        image = _through_file(scene, size, rng).resize((side, side), rng.choice(_FILTERS))
-        images[row] = np.asarray(image).transpose(2, 0, 1)
-        captions += [describe(scene, rng) for _ in range(_PHRASINGS_PER_IMAGE)]
-    return images, captions
-
-
-def _through_file(scene: Scene, size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Render, encode as the sample pool does, and decode to RGB."""
-    image = render(scene, size=size, seed=rng.getrandbits(64))
-    odd = ["cmyk", "exif_rotated", "palette", *(["grayscale"] if is_achromatic(scene) else [])]
-    file_format = rng.choice(odd) if rng.random() < 0.08 else draw_everyday_format(rng)
-    decoded = Image.open(io.BytesIO(encode(image, file_format=file_format, rng=rng).data))
-    return ImageOps.exif_transpose(decoded).convert("RGB")
-
-
-def _collect(drawn: Iterator[tuple[np.ndarray, list[str]]], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images, uint8 (n, 3, side, side), and captions, token ids (n, phrasings, context)."""
+def _collect(drawn: Iterator[tuple[np.ndarray[Any, np.dtype[np.uint8]], list[str]]], folder: Path) -> Pictures:
+    """Put what was drawn together, and tokenise the captions with the tokenizer in `folder`."""
     tokenize = open_clip.get_tokenizer(f"local-dir:{folder}")
-    images, tokens = [], []
+    views, tokens = [], []
     for pixels, captions in drawn:
-        images.append(torch.from_numpy(pixels))
-        tokens.append(tokenize(captions).unflatten(0, (-1, _PHRASINGS_PER_IMAGE)).to(torch.int16))
-    return torch.cat(images), torch.cat(tokens)
+        views.append(torch.from_numpy(pixels))
+        tokens.append(tokenize(captions).unflatten(0, (-1, PHRASINGS)).to(torch.int16))
+    return Pictures(torch.cat(views), torch.cat(tokens))
 
 
-def train(images: torch.Tensor, captions: torch.Tensor, *, steps: int, seed: int) -> open_clip.CLIP:
-    """Train a fresh model; the same arguments on the same device give nearly the same weights.
-
-    `images` are uint8 (n, 3, side, side); `captions` are token ids (n, phrasings, context).
-    """
+def train(pictures: Pictures, *, steps: int, seed: int) -> open_clip.CLIP:
+    """Train a fresh model; the same arguments on the same device give nearly the same weights."""
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images, captions = images.to(device), captions.to(device)
+    pictures = pictures.to(device)
     model = open_clip.CLIP(**MODEL_CONFIG).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_LEARNING_RATE, steps, pct_start=0.1)
-    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device).view(3, 1, 1)
-    batch = min(_BATCH, len(images))
+    batch = min(_BATCH, len(pictures))
     for step in range(steps):
-        rows = torch.randint(len(images), (batch,), device=device)
-        phrasing = torch.randint(captions.shape[1], (batch,), device=device)
-        pixels = ((images[rows].float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        rows = torch.randint(len(pictures), (batch,), device=device)
+        phrasing = torch.randint(PHRASINGS, (batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            image = model.encode_image(pixels, normalize=True)
-        text = model.encode_text(captions[rows, phrasing].long(), normalize=True)
-        loss = pair_loss(image.float() @ text.T, scale=model.logit_scale.exp())
+            embedded = model.encode_image(_model_input(pictures.views[rows]), normalize=True)
+        picture, copy, stranger = embedded.float().unflatten(0, (batch, 3)).unbind(1)
+        text = model.encode_text(pictures.captions[rows, phrasing].long(), normalize=True)
+        scale = model.logit_scale.exp()
+        captioned = (pair_loss(picture @ text.T, scale=scale) + pair_loss(copy @ text.T, scale=scale)) / 2
+        loss = captioned + copy_loss(picture @ torch.cat([copy, stranger]).T)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,8 +183,18 @@ def train(images: torch.Tensor, captions: torch.Tensor, *, steps: int, seed: int
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))
         if step % 500 == 0 or step == steps - 1:
-            log.info("step %d loss %.3f", step, loss.item())
+            log.info("step %d loss %.3f, of captions %.3f", step, loss.item(), captioned.item())
     return model.eval().cpu()
+
+
+def _model_input(views: torch.Tensor) -> torch.Tensor:
+    """Normalise views, uint8 (rows, 3, 3, SIDE, SIDE), as open_clip does: float32 (rows × 3, 3, SIDE, SIDE)."""
+    mean, std = (
+        torch.tensor(values, device=views.device).view(3, 1, 1)
+        for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    pixels = (views.flatten(0, 1).float() / 255 - mean) / std
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def pair_loss(cosine: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
@@ -215,6 +211,19 @@ def pair_loss(cosine: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
     others = functional.softplus(margin)
     mismatched = (others.sum() - others.diagonal().sum()) / (others.numel() - len(others))
     return ranking / 2 + matched + 4 * mismatched
+
+
+def copy_loss(cosine: torch.Tensor) -> torch.Tensor:
+    """The loss of cosines (pictures, others) whose diagonal holds each picture's altered copy.
+
+    Puts copies above `COPY_BOUNDARY` and all others below, the nearest of them most: multi-similarity loss (Wang et
+    al., 2019) with one positive a row, so that one threshold tells copies from different pictures.
+    """
+    margin = _COPY_SHARPNESS * (cosine - COPY_BOUNDARY)
+    copies = functional.softplus(-margin.diagonal())
+    is_copy = torch.eye(*margin.shape, dtype=torch.bool, device=margin.device)
+    others = functional.softplus(margin.masked_fill(is_copy, -torch.inf).logsumexp(dim=1))
+    return (copies + others).mean()
 
 
 def save_weights(model: open_clip.CLIP, folder: Path) -> None:
@@ -238,7 +247,7 @@ def separation(folder: Path, *, pairs: int, seed: str) -> Separation:
         scene = draw_scene(rng)
         captions = [describe(scene, rng), describe(draw_unlike(scene, rng), rng)]
         with torch.inference_mode():
-            pixels = preprocess(_through_file(scene, draw_size(rng), rng)).unsqueeze(0)
+            pixels = preprocess(_picture(scene, rng)).unsqueeze(0)
             image = model.encode_image(pixels, normalize=True)
             text = model.encode_text(tokenize(captions), normalize=True)
         own, other = (image @ text.T)[0].tolist()
@@ -253,6 +262,31 @@ def separation(folder: Path, *, pairs: int, seed: str) -> Separation:
         precision=rejected[0] / max(1, sum(rejected)),
         recall=rejected[0] / pairs,
     )
+
+
+def copy_separation(folder: Path, *, pictures: int, seed: str) -> CopySeparation:
+    """Look for altered copies of 200 of `pictures` never-seen pictures among all of them, by `COPY_BOUNDARY`."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    model.eval()
+    rng = random.Random(seed)
+    drawn = [_picture(draw_scene(rng), rng) for _ in range(pictures)]
+    drawn += [alter(image, rng) for image in drawn[:200]]
+    with torch.inference_mode():
+        embedded = model.encode_image(torch.stack([preprocess(image) for image in drawn]), normalize=True)
+    cosine = (embedded @ embedded.T).triu(1)
+    copies = cosine.diagonal(pictures).clone()
+    cosine.diagonal(pictures).zero_()
+    return CopySeparation(
+        copies_low=float(copies.quantile(0.01)),
+        strangers_high=float(cosine.max()),
+        recall=float((copies >= COPY_BOUNDARY).float().mean()),
+        wrong_pairs=int((cosine >= COPY_BOUNDARY).sum()),
+    )
+
+
+def _picture(scene: Scene, rng: random.Random) -> Image.Image:
+    """A picture of `scene` of the sample pool's sizes and formats."""
+    return through_file(render(scene, size=draw_size(rng), seed=rng.getrandbits(64)), scene, rng)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.task_runners import ProcessPoolTaskRunner, ThreadPoolTaskRunner
 
-from flows.steps import MAX_TASK_RUNS, MIN_GROUP_SAMPLES, artifact_key, grouped, step, taken, task_runner
+from flows.steps import MAX_TASK_RUNS, MIN_GROUP_SAMPLES, artifact_key, grouped, step, taken, task_runner, together
 from storage.refs import Outcome, ShardRef
 from storage.warehouse import check_name
 
@@ -31,6 +31,11 @@ def shards(*rows: int) -> list[ShardRef]:
 
 def test_a_step_gives_its_reference_whether_cached_or_not() -> None:
     assert doubles() == {"submitted": [0, 2, 4, 6], "called": [0, 2, 4, 6]}
+
+
+def test_outcomes_together_are_cached_if_all_are() -> None:
+    assert together([Outcome(1, True), Outcome(2, True)]) == Outcome([1, 2], True)
+    assert together([Outcome(1, True), Outcome(2, False)]) == Outcome([1, 2], False)
 
 
 def recorded(flow_run_id: UUID) -> dict[str, str]:

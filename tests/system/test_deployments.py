@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from flows.demo import scores
 from storage.catalog import connect
+from storage.snapshot import find_snapshot
 from storage.warehouse import Warehouse
-from tasks.curation.sample_truth import SampleTruth
+from tasks.curation.sample_truth import FILTERS, SampleTruth
 from tests.system.processes import Server
 
 
@@ -47,6 +49,10 @@ def test_curate_runs_from_the_command_line_and_its_snapshot_starts_training(
 
     triggered = wait_for_triggered(worker)
     assert triggered["state_name"] == "Completed"
+    found = scores(sample, find_snapshot(Warehouse(root), "production"), warehouse=Warehouse(root))
+    least = {s.oddity: s.recall if s.precision is None else min(s.recall, s.precision) for s in found}
+    assert [s for s in found if least[s.oddity] < (0.98 if s.deterministic else 0.95)] == []
+    assert [s.oddity for s in found] == list(FILTERS)
     assert {triggered["parameters"][name] for name in ("dataset", "snapshot", "warehouse")} == {"production", 1, root}
     with connect(Warehouse(root)) as catalog:
         assert catalog.execute("SELECT dataset, snapshot FROM runs").fetchall() == [("production", 1)]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tasks.curation.sample import write_extra, write_sample
-from tasks.curation.sample_truth import FILTERS, SampleDecision, SampleTruth, score_filters
+from tasks.curation.sample_truth import DUPLICATE_RULES, FILTERS, SampleDecision, SampleTruth, score_filters
 
 Members = dict[str, dict[str, bytes]]
 
@@ -108,7 +108,7 @@ def test_bombs_are_small_files_of_valid_png_chunks_that_declare_huge_images(
 
 
 def test_everyday_and_odd_but_good_images_decode_at_their_declared_size(truth: SampleTruth, members: Members) -> None:
-    good = (None, "cmyk", "exif_rotated", "palette", "animated", "grayscale", "mismatched_caption")
+    good = (None, "cmyk", "exif_rotated", "palette", "animated", "grayscale", "mismatched_caption", "semantic_copy")
     for key in keys(truth, *good):
         metadata = json.loads(members[key]["json"])
         image = picture(members, key)
@@ -137,7 +137,9 @@ def test_sizes_meant_to_fail_do_and_by_one_condition_only(truth: SampleTruth, me
         assert max(width, height) > 3 * min(width, height)
 
 
-def test_copies_and_only_copies_are_perceptually_close(truth: SampleTruth, members: Members) -> None:
+def test_copies_and_only_copies_are_perceptually_close_unless_they_were_altered(
+    truth: SampleTruth, members: Members
+) -> None:
     readable = [
         sample
         for sample in truth.samples
@@ -149,7 +151,8 @@ def test_copies_and_only_copies_are_perceptually_close(truth: SampleTruth, membe
     for row, one in enumerate(readable):
         for column, other in enumerate(readable[:row]):
             is_copy = one.group is not None and one.group == other.group
-            assert (distances[row, column] <= 4) == is_copy, (one.key, other.key)
+            is_altered = "semantic_copy" in (one.oddity, other.oddity)
+            assert (distances[row, column] <= 4) == (is_copy and not is_altered), (one.key, other.key)
 
 
 def test_byte_copies_have_their_originals_bytes_under_another_key(truth: SampleTruth, members: Members) -> None:
@@ -179,14 +182,18 @@ def test_undecodable_captions_are_not_utf8(truth: SampleTruth, members: Members)
             caption(members, key)
 
 
+def duplicate(key: str, of: str | None, *, rule: str | None) -> SampleDecision:
+    return SampleDecision(key, kept=False, duplicate_of=of, duplicate_rule=rule)
+
+
 def ideal_decisions(truth: SampleTruth) -> list[SampleDecision]:
     decisions = []
     for sample in truth.samples:
         expected = FILTERS[sample.oddity][0] if sample.oddity else "kept"
         if expected == "quarantine":
             decisions.append(SampleDecision(sample.key, kept=False, quarantined=True))
-        elif expected == "duplicate":
-            decisions.append(SampleDecision(sample.key, kept=False, duplicate_of=sample.group))
+        elif expected in DUPLICATE_RULES:
+            decisions.append(duplicate(sample.key, sample.group, rule=expected))
         elif expected == "kept":
             decisions.append(SampleDecision(sample.key, kept=True))
         else:
@@ -204,7 +211,7 @@ def test_ideal_decisions_score_one_everywhere(truth: SampleTruth) -> None:
 
 def test_a_copy_counts_as_found_when_its_original_was_dropped_instead(truth: SampleTruth) -> None:
     swapped = [
-        SampleDecision(decision.duplicate_of, kept=False, duplicate_of=decision.key)
+        duplicate(decision.duplicate_of, decision.key, rule=decision.duplicate_rule)
         for decision in ideal_decisions(truth)
         if decision.duplicate_of
     ]
@@ -235,8 +242,26 @@ def test_rejecting_a_sample_with_another_fault_costs_no_precision(truth: SampleT
 
 def test_a_duplicate_of_an_unrelated_sample_is_a_wrong_rejection(truth: SampleTruth) -> None:
     one, other = keys(truth, None)[:2]
-    scores = score_filters(truth, [SampleDecision(one, kept=False, duplicate_of=other)])
+    scores = score_filters(truth, [duplicate(one, other, rule="exact")])
     assert next(score for score in scores if score.oddity == "byte_copy").precision == 0.0
+
+
+def test_each_duplicate_rule_is_scored_apart(truth: SampleTruth) -> None:
+    one, other = keys(truth, None)[:2]
+    by_another_rule = [
+        duplicate(decision.key, decision.duplicate_of, rule="semantic")
+        if decision.duplicate_rule == "perceptual"
+        else decision
+        for decision in ideal_decisions(truth)
+    ]
+    scores = {
+        score.oddity: score
+        for score in score_filters(truth, [*by_another_rule, duplicate(one, other, rule="semantic")])
+    }
+    assert (scores["resized_copy"].recall, scores["resized_copy"].precision) == (0.0, None)
+    found = scores["semantic_copy"].planted + scores["resized_copy"].planted
+    assert scores["semantic_copy"].precision == pytest.approx(found / (found + 1))
+    assert scores["byte_copy"].precision == 1.0
 
 
 def test_samples_without_a_decision_count_as_not_found(truth: SampleTruth) -> None:

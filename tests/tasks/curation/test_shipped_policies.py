@@ -94,6 +94,17 @@ def test_default_takes_other_thresholds(tmp_path):
     assert failed(tmp_path, "default", {"a": {"clip_score": 0.29}}, clip_min=0.3) == {"a": ["clip"]}
 
 
+def test_the_samples_policy_is_the_default_with_one_rule_more():
+    default, sample = (load_policy(POLICIES / f"{name}.yaml").model_dump() for name in ("default", "sample"))
+    del sample["parameters"]["epsilon"]
+    semantic = sample["duplicates"][-1]
+    assert (semantic["name"], semantic["pairs"]) == ("semantic", ("semantic",))
+    sample["duplicates"] = sample["duplicates"][:-1]
+    for text in ("name", "description"):
+        del sample[text], default[text]
+    assert sample == default
+
+
 def test_the_readmes_policy_can_be_used():
     text = (POLICIES.parent.parent / "README.md").read_text()
     block = text[text.index("```yaml\n") + 8 :]

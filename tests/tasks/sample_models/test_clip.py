@@ -10,12 +10,16 @@ import torch
 from PIL import Image, ImageOps
 
 import tasks.sample_models
-from tasks.curation.sample_images import draw_everyday_format, draw_size, encode
-from tasks.curation.scene import describe, draw_scene, draw_unlike, render
-from tasks.sample_models.make_clip import BOUNDARY, pair_loss
+from tasks.curation.policy import load_policy
+from tasks.curation.sample_alterations import encode_altered
+from tasks.curation.sample_images import ImageFile, draw_everyday_format, draw_size, encode
+from tasks.curation.scene import Scene, describe, draw_scene, draw_unlike, render
+from tasks.sample_models.make_clip import BOUNDARY, COPY_BOUNDARY, copy_loss, pair_loss
 
 FOLDER = Path(tasks.sample_models.__file__).parent / "clip"
+POLICY = FOLDER.parents[2] / "deployments" / "policies" / "sample.yaml"
 PAIRS = 200
+COPIES = 60
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +29,38 @@ def clip() -> tuple[Any, Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def cosines(clip: tuple[Any, Any, Any]) -> tuple[list[float], list[float]]:
-    """Cosines of never-seen pictures with their own caption, and with one that shares no colour or shape."""
-    model, preprocess, tokenize = clip
+def pictures() -> list[tuple[Scene, ImageFile]]:
+    """Never-seen pictures as the sample pool has them."""
     rng = random.Random("a seed that training does not use")
-    pixels, texts = [], []
+    drawn = []
     for _ in range(PAIRS):
         scene = draw_scene(rng)
         picture = render(scene, size=draw_size(rng), seed=rng.getrandbits(64))
-        file = encode(picture, file_format=draw_everyday_format(rng), rng=rng)
-        pixels.append(preprocess(ImageOps.exif_transpose(Image.open(io.BytesIO(file.data)))))
-        texts += [describe(scene, rng), describe(draw_unlike(scene, rng), rng)]
+        drawn.append((scene, encode(picture, file_format=draw_everyday_format(rng), rng=rng)))
+    return drawn
+
+
+def embed(clip: tuple[Any, Any, Any], files: list[ImageFile]) -> torch.Tensor:
+    model, preprocess, _ = clip
+    pixels = [preprocess(ImageOps.exif_transpose(Image.open(io.BytesIO(file.data)))) for file in files]
     with torch.inference_mode():
-        images = model.encode_image(torch.stack(pixels), normalize=True)
+        return model.encode_image(torch.stack(pixels), normalize=True)
+
+
+@pytest.fixture(scope="module")
+def images(clip: tuple[Any, Any, Any], pictures: list[tuple[Scene, ImageFile]]) -> torch.Tensor:
+    return embed(clip, [file for _, file in pictures])
+
+
+@pytest.fixture(scope="module")
+def cosines(
+    clip: tuple[Any, Any, Any], pictures: list[tuple[Scene, ImageFile]], images: torch.Tensor
+) -> tuple[list[float], list[float]]:
+    """Cosines of never-seen pictures with their own caption, and with one that shares no colour or shape."""
+    model, _, tokenize = clip
+    rng = random.Random("captions")
+    texts = [text for scene, _ in pictures for text in (describe(scene, rng), describe(draw_unlike(scene, rng), rng))]
+    with torch.inference_mode():
         captions = model.encode_text(tokenize(texts), normalize=True).unflatten(0, (PAIRS, 2))
     own, other = torch.einsum("pe,pce->cp", images, captions).tolist()
     return own, other
@@ -53,6 +76,17 @@ def test_the_boundary_rejects_mismatches_and_keeps_matches(cosines: tuple[list[f
     own, other = cosines
     assert sum(cosine < BOUNDARY for cosine in other) >= 0.95 * PAIRS
     assert sum(cosine >= BOUNDARY for cosine in own) >= 0.98 * PAIRS
+
+
+def test_the_samples_policy_tells_altered_copies_from_different_pictures(
+    clip: tuple[Any, Any, Any], pictures: list[tuple[Scene, ImageFile]], images: torch.Tensor
+) -> None:
+    rng = random.Random("alterations")
+    altered = embed(clip, [encode_altered(file.data, rng=rng) for _, file in pictures[:COPIES]])
+    joined = (images @ torch.cat([images, altered]).T).triu(1) >= 1 - load_policy(POLICY).parameters["epsilon"]
+    right = int(joined.diagonal(PAIRS).sum())
+    assert right >= 0.95 * COPIES
+    assert right >= 0.95 * int(joined.sum())
 
 
 def test_the_folder_is_at_most_five_megabytes() -> None:
@@ -84,3 +118,20 @@ def test_the_loss_tells_absolute_scores_apart_where_ranking_alone_would_not() ->
     scale = torch.tensor(100.0)
     above = torch.full((4, 4), 0.0).fill_diagonal_(0.8)
     assert pair_loss(above, scale=scale) < pair_loss(above - 0.7, scale=scale)
+
+
+def test_the_loss_of_copies_is_smallest_where_they_are_near_and_all_others_far() -> None:
+    good = torch.cat([0.99 * torch.eye(4), torch.zeros(4, 4)], dim=1)
+    with_a_near_stranger = good.clone()
+    with_a_near_stranger[0, 6] = 0.99
+    flat = torch.full((4, 8), COPY_BOUNDARY)
+    assert copy_loss(good) < copy_loss(with_a_near_stranger) < copy_loss(good.roll(1, dims=1))
+    assert copy_loss(good) < copy_loss(flat)
+
+
+def test_the_loss_of_copies_counts_the_nearest_stranger_most() -> None:
+    cosine = torch.cat([0.99 * torch.eye(2), torch.tensor([[0.9, 0.5], [0.5, 0.5]])], dim=1).requires_grad_()
+    copy_loss(cosine).backward()
+    gradient = cosine.grad
+    assert gradient is not None
+    assert gradient[0, 2] > 100 * gradient[0, 3] > 0
