@@ -3,8 +3,10 @@
 The processes come from `ranks`, torchrun or `accelerate launch`; which and how many, the environment says.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed as dist
@@ -12,10 +14,12 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
 
 from tasks.training.families import ModelError
-from tasks.training.ranks import rank, world_size
+from tasks.training.ranks import is_first, rank, world_size
 from tasks.training.recipe import Recipe, RecipeError
+from tasks.training.sharding import share_out
 
 
 def passes_per_process(recipe: Recipe) -> int:
@@ -28,6 +32,21 @@ def passes_per_process(recipe: Recipe) -> int:
     return recipe.accumulation // world_size()
 
 
+@contextmanager
+def loading(recipe: Recipe, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which a model of `dtype` is loaded and made trainable: for ZeRO-3, each process gets its part.
+
+    Transformers then has DeepSpeed divide each weight as soon as it exists. Raises `RecipeError`.
+    """
+    if recipe.sharding != "zero3" or world_size() == 1:
+        yield
+        return
+    _check_deepspeed()
+    config = HfDeepSpeedConfig(zero3_config(recipe, dtype))  # in force for as long as it is referred to
+    yield
+    del config
+
+
 def trainer_arguments(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     """Return the arguments of transformers' trainer that make it share the model as the recipe says."""
     if world_size() == 1:
@@ -36,7 +55,7 @@ def trainer_arguments(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": fsdp_config(model)}
     if recipe.sharding == "zero3":
         _check_zero3(recipe, model)
-        return {"deepspeed": zero3_config(recipe)}
+        return {"deepspeed": zero3_config(recipe, model.dtype)}
     # Buffers are constants; what is trained outside the language model has no gradient in a batch without images.
     return {"ddp_broadcast_buffers": False, "ddp_find_unused_parameters": _trains_beside_decoder(model)}
 
@@ -59,8 +78,8 @@ def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def zero3_config(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for ZeRO-3; "auto" is for transformers to fill in from its own arguments."""
+def zero3_config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for ZeRO-3 of a model of `dtype`."""
     return {
         "zero_optimization": {
             "stage": 3,
@@ -68,8 +87,8 @@ def zero3_config(recipe: Recipe) -> dict[str, Any]:
             "contiguous_gradients": True,
             "stage3_gather_16bit_weights_on_model_save": True,  # only what is trained, when that is an adapter
         },
-        "bf16": {"enabled": "auto"},
-        "gradient_clipping": "auto",
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "gradient_clipping": recipe.max_grad_norm,
         "train_micro_batch_size_per_gpu": recipe.batch_size,
         "gradient_accumulation_steps": passes_per_process(recipe),
         "train_batch_size": recipe.batch_size * recipe.accumulation,
@@ -77,29 +96,24 @@ def zero3_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_zero3(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Raise `RecipeError` if DeepSpeed is missing or gradients would be wrong: with LoRA it recomputes reentrantly."""
+    """Raise `RecipeError` if gradients would be wrong, because with DeepSpeed layers are recomputed reentrantly."""
     sharing = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
     if recipe.checkpointed_share != 0 and sharing:
         raise RecipeError(
             f"sharding: zero3 with layers computed again would give wrong gradients, because {sharing} layers of this "
             "model use the keys and values of others. Write sharding: fsdp, or checkpointed_share: 0."
         )
+
+
+def _check_deepspeed() -> None:
     if find_spec("deepspeed") is None:
         raise RecipeError("sharding: zero3 needs the package deepspeed. Install it (extra deepspeed), or write fsdp.")
 
 
-def trained_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of trained weights in a model of `dtype`: float32, as bf16 is too coarse to add small steps to.
-
-    DeepSpeed keeps such a copy itself and needs all weights of one dtype.
-    """
-    return dtype if recipe.sharding == "zero3" and world_size() > 1 else torch.float32
-
-
-def prepare(trainer: Trainer, recipe: Recipe) -> None:
+def prepare(trainer: Trainer, recipe: Recipe, *, loaded_whole: bool) -> None:
     """Set up what the trainer's arguments can't, and seed each process's dropout. Raises `RecipeError`.
 
-    Call it between making the trainer and training.
+    Call it between making the trainer and training. Unless the model is `loaded_whole` it is shared out here.
     """
     if world_size() == 1:
         return
@@ -115,6 +129,8 @@ def prepare(trainer: Trainer, recipe: Recipe) -> None:
         # Gradients of many processes are summed in 32 bits; accelerate would sum them in 16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if trainer.is_fsdp_enabled and not loaded_whole:
+        share_out(cast(Any, trainer.model), trainer.accelerator, trained=torch.float32)
 
 
 class CheckSharded(TrainerCallback):
@@ -147,12 +163,18 @@ def check_sharded(model: nn.Module) -> None:
         )
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained weights by name, each gathered from all processes that hold a part of it, on the CPU.
+def whole_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the trained weights by name, in `dtype` and on the CPU, gathered from all that hold a part of them.
 
-    All processes must call it.
+    All processes must call it; only the first gets them, so that the machine holds one copy.
     """
-    return {name: _whole(weight).cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    found = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            whole = _whole(weight)
+            if is_first():
+                found[name] = whole.to("cpu", dtype, copy=True)  # what was gathered may be part of something larger
+    return found
 
 
 def _whole(weight: torch.nn.Parameter) -> torch.Tensor:

@@ -15,6 +15,9 @@ from pydantic_core import PydanticCustomError
 TrainablePart = Literal["language", "projector", "vision"]
 """Parts of a model that a recipe can train; `families.parts_of` says which modules they are."""
 
+Sharding = Literal["none", "fsdp", "zero3"]
+"""What several processes share: nothing, or every weight, its gradient and its optimizer state."""
+
 HIGHEST_4BIT_LEARNING_RATE = 5e-5
 """Above it, adapters on a 4-bit base often get worse while their loss looks fine."""
 
@@ -174,10 +177,10 @@ class Recipe(BaseModel):
         description="GPUs of this machine to train on together, or processes where it has none. The samples of a step "
         "stay batch_size × accumulation, so accumulation must be a multiple of it.",
     )
-    sharding: Literal["none", "fsdp", "zero3"] = Field(
+    sharding: Sharding = Field(
         default="none",
         description="What several GPUs share: none gives each a whole model (data parallel); fsdp (FSDP2) and zero3 "
-        "(DeepSpeed ZeRO-3) leave each a part of every layer once all have loaded it. 4-bit models need fsdp.",
+        "(DeepSpeed ZeRO-3) give each a part of every layer. 4-bit models need fsdp, and are loaded whole first.",
     )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
