@@ -146,7 +146,9 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     check_quantization(model, four_bit=placement.four_bit)
     log.info("%s", describe(model))
     if placement.sharded and placement.loaded_whole:
-        log.info("4-bit weights are shared once they are whole on each GPU: %.2f GiB", model.get_memory_footprint() / 2**30)
+        log.info(
+            "4-bit weights are shared once they are whole on each GPU: %.2f GiB", model.get_memory_footprint() / 2**30
+        )
     return model
 
 

@@ -3,8 +3,6 @@
 The first process holds the model whole in the machine's memory, the others hold its modules without weights.
 """
 
-from collections.abc import Iterator
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
@@ -52,7 +50,7 @@ def _part(weight: DTensor, whole: Tensor | None, *, dtype: torch.dtype, device: 
     """This process's part of a weight, from the first process, which gives it `whole`."""
     part = torch.empty(weight.to_local().shape, dtype=weight.dtype, device=device)
     if whole is not None:
-        for receiver, rows in enumerate(_rows(whole)):
+        for receiver, rows in enumerate(whole.contiguous().chunk(world_size())):  # as FSDP2 does; the last may get none
             if receiver == FIRST:
                 part.copy_(rows.to(device))  # in this order it is cast on the GPU
             else:
@@ -64,11 +62,6 @@ def _part(weight: DTensor, whole: Tensor | None, *, dtype: torch.dtype, device: 
     return DTensor.from_local(
         part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
-
-
-def _rows(whole: Tensor) -> Iterator[Tensor]:
-    """The rows of a weight that fall to each process, as FSDP2 divides them; the last may get none, and are left out."""
-    yield from whole.contiguous().chunk(world_size())
 
 
 def _sent(buffer: Tensor, device: torch.device) -> Tensor:
