@@ -7,7 +7,7 @@
 A way to train is GPUS:SHARDING; all take the same samples in each step, and losses are compared with those of one GPU.
 lora is QLoRA (NF4) of a random Gemma 4 of the 31B's width, full trains one from files in bf16, by which loading is
 measured too. Each way's row is recorded as soon as it is done, also when it fails or `--limit` cuts it short; rows of
-earlier calls stay. `--tiny` takes the model that ships with the sample and records nothing; its speed means nothing.
+earlier calls stay. `--tiny` takes a model of the sample's size and records nothing; its speed means nothing.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, GenerationConfig,
 
 from benchmarks.gpu.qlora_smoke import IMAGE_TOKENS
 from benchmarks.gpu.scenes import publish_scenes
-from benchmarks.gpu.shapes import SAMPLE, gemma4_31b, gemma4_half, random_model, write_processor
+from benchmarks.gpu.shapes import SAMPLE, gemma4_31b, gemma4_half, random_model, tiny, write_processor
 from benchmarks.record import RESULTS, record
 from storage.warehouse import Warehouse
 from tasks.training import distributed
@@ -92,7 +92,7 @@ def made(recipe: Recipe, placement: models.Placement) -> Any:
 def write_weights(folder: Path) -> None:
     """Write random weights in bfloat16 beside the configuration in `folder`."""
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config = GenerationConfig.from_pretrained(SAMPLE)
@@ -212,13 +212,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=4, help="forward passes of a step, shared by the GPUs")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a way may take")
     parser.add_argument("--folder", type=Path, help="where model files go for the time; a fast disk, or /dev/shm")
-    parser.add_argument("--tiny", action="store_true", help="the sample's model, on whatever device there is")
+    parser.add_argument("--tiny", action="store_true", help="a model of the sample's size, on whatever device there is")
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Path]:
     """Write the model's files and the examples; return the recipe for one GPU and the examples' path."""
-    model = SAMPLE if args.tiny else write_processor(folder / "model", SHAPES[args.shape](args.layers))
+    model = write_processor(folder / "model", tiny() if args.tiny else SHAPES[args.shape](args.layers))
     recipe = Recipe(
         base_model=str(model.absolute()),
         max_image_tokens=None if args.tiny else IMAGE_TOKENS,
@@ -234,7 +234,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Path]:
     snapshot = publish_scenes(warehouse, samples=args.batch * args.accumulation * 4, size=(480, 480))
     path = folder / "examples.arrow"
     write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=path)
-    if args.method == "full" and not args.tiny:
+    if args.method == "full":
         started = time.monotonic()
         with reserved_gpus(print) as gpus, tempfile.TemporaryDirectory() as own:
             config = {"recipe": recipe.model_dump(), "write": True}
@@ -255,7 +255,7 @@ def main() -> None:
             gpus, _, sharding = way.partition(":")
             say(f"--- {args.method}, {gpus} GPUs, sharding {sharding}")
             shared = Recipe.model_validate({**recipe.model_dump(), "gpus": int(gpus), "sharding": sharding})
-            row = measure(shared, examples, files=args.method == "full" or args.tiny, limit=args.limit)
+            row = measure(shared, examples, files=args.method == "full", limit=args.limit)
             rows.append(row)
             row |= compare(row, next((other for other in rows if other["gpus"] == 1), None))
             print(json.dumps(row), flush=True)

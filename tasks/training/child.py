@@ -62,7 +62,7 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         base = models.load_model(config["model"], placement)
         set_seed(recipe.seed)  # LoRA's initial weights are random
         model = models.make_trainable(base, recipe, parent=config["parent_adapter"])
-    weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    weights = distributed.trained_count(model)
     log.info("LoRA on %d linear layers; %.2f M weights to train", len(models.lora_names(model)), weights / 1e6)
     examples = read_examples(Path(config["examples"]))
     validation = read_examples(Path(config["validation"])) if recipe.early_stop_patience else None

@@ -42,6 +42,9 @@ def loading(recipe: Recipe, dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     _check_deepspeed()
+    import deepspeed  # an extra that few install
+
+    deepspeed.init_distributed()
     config = HfDeepSpeedConfig(zero3_config(recipe, dtype))  # in force for as long as it is referred to
     yield
     del config
@@ -161,6 +164,11 @@ def check_sharded(model: nn.Module) -> None:
             f"sharding: {len(whole)} of {len(weights)} weights are whole in every process: {', '.join(whole[:5])}. "
             "Load 4-bit weights packed into the model's dtype, or write sharding: none."
         )
+
+
+def trained_count(model: nn.Module) -> int:
+    """Return how many weights get gradients, wherever their parts lie."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad)
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
