@@ -4,7 +4,7 @@ The processes come from `ranks`, torchrun or `accelerate launch`; which and how 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -128,6 +128,8 @@ def prepare(trainer: Trainer, recipe: Recipe, *, loaded_whole: bool) -> None:
     trainer.accelerator.gather_for_metrics = trainer.accelerator.gather
     if trainer.is_fsdp_enabled:
         trainer.add_callback(CheckSharded())
+        # Between the passes of a step it would keep every process's own gradients, whole and in 32 bits.
+        trainer.accelerator.no_sync = lambda model: nullcontext()  # type: ignore[method-assign]
     if trainer.is_fsdp_enabled and trainer.args.bf16:
         # Gradients of many processes are summed in 32 bits; accelerate would sum them in 16.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
