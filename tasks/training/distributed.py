@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from tasks.training.families import ModelError
 from tasks.training.ranks import is_first, rank, world_size
@@ -70,15 +70,19 @@ def _trains_beside_decoder(model: PreTrainedModel) -> bool:
 
 def fsdp_config(model: PreTrainedModel) -> dict[str, Any]:
     """Return transformers' `fsdp_config` for FSDP2: one unit a layer, checkpoints in one part a process."""
-    present = {type(module).__name__ for module in model.modules()}
-    layers = sorted(present & set(model._no_split_modules or ()))
     return {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": layers,
+        "transformer_layer_cls_to_wrap": layer_classes(model),
         "reshard_after_forward": True,
         "state_dict_type": "SHARDED_STATE_DICT",
     }
+
+
+def layer_classes(model: PreTrainedModel) -> list[str]:
+    """Return the names of the classes of the layers that FSDP2 gathers one at a time."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules or ()))
 
 
 def zero3_config(recipe: Recipe, dtype: torch.dtype) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 The first process holds the model whole in the machine's memory, the others hold its modules without weights.
 """
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
@@ -37,7 +39,8 @@ def share_out(model: PeftModel | PreTrainedModel, accelerator: Accelerator, *, t
     fsdp2_prepare_model(accelerator, model)
     filled: dict[int, nn.Parameter] = {}
     for name, weight in model.named_parameters():
-        part = _part(weight, whole.pop(name, None), dtype=loaded[name], device=accelerator.device)
+        shared = cast(DTensor, weight)
+        part = _part(shared, whole.pop(name, None), dtype=loaded[name], device=accelerator.device)
         filled[id(weight)] = nn.Parameter(part, requires_grad=weight.requires_grad)
     tied = model.named_parameters(remove_duplicate=False)
     model.load_state_dict({name: filled[id(weight)] for name, weight in tied}, strict=False, assign=True)
