@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from tasks.training.distributed import whole_weights
-from tasks.training.experts import check_experts_fit
+from tasks.training.experts import check_fits_in_nf4
 from tasks.training.families import ModelError as ModelError
 from tasks.training.families import (
     decoder_name,
@@ -78,13 +78,11 @@ def place(recipe: Recipe) -> Placement:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    auto = "nf4" if on_gpu and recipe.method == "lora" else "none"
-    four_bit = (auto if recipe.quantization == "auto" else recipe.quantization) == "nf4"
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
         torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu"),
         torch.bfloat16 if bf16 else torch.float32,
-        four_bit,
+        recipe.is_four_bit(on_gpu=on_gpu),
         recipe.sharding if world_size() > 1 else "none",
     )
     log.info("device: %s", placement)
@@ -114,18 +112,18 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     """Load the base model; raises `ModelError` if anything but the language model's linears came out in 4 bits.
 
     Reads safetensors only and runs no code of the model's own. Everything outside the language model, and its output
-    head, stays in `placement.dtype`. Raises `ModelError` too if experts, which stay as they are, don't fit the GPU.
+    head, stays in `placement.dtype`. Raises `ModelError` too if a 4-bit model is larger than the GPU.
     Of a model that FSDP is to share, unless it is `loaded_whole`, the first process gets all weights on the CPU and the
     others none (`meta`), for `sharding.share_out`; of one for ZeRO-3 each gets its part (see `distributed.loading`).
     """
     if placement.sharding == "fsdp" and not placement.loaded_whole and not is_first():
-        return _skeleton(folder, placement.dtype)
+        return load_skeleton(folder, placement.dtype)
     options: dict[str, Any] = {}
     if placement.four_bit:
-        skeleton = _skeleton(folder)
+        skeleton = load_skeleton(folder)
         if placement.device.type == "cuda":
             memory = torch.cuda.get_device_properties(placement.device).total_memory
-            check_experts_fit(skeleton, memory, dtype=placement.dtype)
+            check_fits_in_nf4(skeleton, memory, dtype=placement.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -152,8 +150,8 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     return model
 
 
-def _skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model's modules without weights."""
+def load_skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the model's modules, without weights (on `meta`)."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config, dtype=dtype)

@@ -58,8 +58,7 @@ def skeleton_of(config: PretrainedConfig, recipe: Recipe, *, adapter_dtype: torc
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(adapter_dtype)
-    four_bit = recipe.quantization == "nf4" or (recipe.quantization == "auto" and recipe.method == "lora")
-    return Skeleton(model, four_bit=four_bit, dtype=dtype)
+    return Skeleton(model, four_bit=recipe.is_four_bit(on_gpu=True), dtype=dtype)
 
 
 def rows_of_part(weight: torch.Tensor, ranks: int) -> int:
