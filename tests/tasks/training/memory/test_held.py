@@ -52,7 +52,8 @@ def test_embeddings_and_two_layers_are_whole_while_a_layer_is_at_work(tiny: Skel
     language = [sum(w.numel() for w in layer.parameters()) for layer in tiny.decoder.layers]
     towers = [layer for name, layer in tiny.base.named_modules() if name.endswith(".layers") and "vision" in name]
     vision = [sum(w.numel() for w in layer.parameters()) for layer in towers[0]]
-    beside = tiny.base.num_parameters() - sum(language) - sum(vision)
+    patches = sum(w.numel() for name, w in tiny.base.named_parameters() if "patch_embedder" in name)  # a unit too
+    beside = tiny.base.num_parameters() - sum(language) - sum(vision) - patches
     assert held_by_each(tiny, shared(FULL, 2)).gathered == 2 * (beside + 2 * max(*language, *vision))  # bf16
 
 
