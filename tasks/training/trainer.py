@@ -17,6 +17,7 @@ from transformers.trainer_utils import seed_worker
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.training.batches import StartEpochs, TokenBatches
+from tasks.training.child_side import StartAgain
 from tasks.training.collate import IGNORED
 from tasks.training.divergence import Diverged
 from tasks.training.optimizer import RatesByPart
@@ -32,6 +33,7 @@ class Trainer(RatesByPart, SFTTrainer):
 
     The loss is the mean over the supervised tokens of a step's samples, so neither accumulation nor cutting changes
     it. When memory runs out, the step under way is done again from its start with batches in twice as many pieces.
+    One of several processes can't repeat a step alone: it raises `StartAgain`, and all go on from the last checkpoint.
     Raises `OutOfMemory` when a single sample does not fit, and `Diverged` before anything is saved after a step whose
     loss or gradients are not finite. Each step's log has, beside TRL's: samples, tokens, micro_batch (most samples in
     one forward pass) and input_wait_seconds.
@@ -185,9 +187,9 @@ class Trainer(RatesByPart, SFTTrainer):
             raise OutOfMemory(f"out of memory in step {step} with sample {failed[0]} alone. {REMEDY}")
         self.pieces.double(step=step, samples=len(failed))
         if self.args.world_size > 1:  # the others wait for this process's gradients: they can't start the step again
-            raise OutOfMemory(
-                f"out of memory in step {step} on one of {self.args.world_size} processes. Run the training again: it "
-                f"goes on from its last checkpoint, with batches in {self.pieces.count} pieces."
+            raise StartAgain(
+                f"out of memory in step {step} on one of {self.args.world_size} processes: all go on from the last "
+                f"checkpoint, with batches in {self.pieces.count} pieces"
             )
         model.zero_grad()
         self._forget_passes()
