@@ -124,11 +124,13 @@ def _shard_on_cpu() -> None:
 
 
 def _zero3_on_cpu() -> None:
-    """Let transformers give DeepSpeed a model that stays on the CPU; told to use the CPU, it leaves DeepSpeed out."""
+    """Let transformers and accelerate give DeepSpeed several processes on the CPU, which they only do on GPUs."""
 
     def arguments(**options: Any) -> SFTConfig:
         if "deepspeed" in options:
-            options |= {"use_cpu": False, "ddp_backend": "gloo"}
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+            options["use_cpu"] = False
         return SFTConfig(**options)
 
     child.SFTConfig = arguments  # type: ignore[assignment, misc]
