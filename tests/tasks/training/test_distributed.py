@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     **(ZERO3 if find_spec("deepspeed") else {}),
 }
 STEPS = 4
+pytestmark = pytest.mark.timeout(600)  # all trainings of the module run in its first test
 KILL = {"rank": 1, "at_batch": CHECKED_ROWS + 3}  # in the third step; checkpoints are of the second and fourth
 
 
