@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.training.batches import StartEpochs, TokenBatches
@@ -147,6 +148,17 @@ class Trainer(RatesByPart, SFTTrainer):
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: transformers' formula knows neither frozen weights nor images."""
         return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save. The folder exists first: transformers takes it for the best checkpoint only if it does.
+
+        With FSDP2 the folder would come to be by whichever process is ahead, and the others would restore other weights.
+        """
+        assert self.args.output_dir is not None
+        Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").mkdir(
+            parents=True, exist_ok=True
+        )
+        super()._save_checkpoint(model, trial)
 
     def _add_gradients(
         self, model: nn.Module, batch: Batch, num_items_in_batch: torch.Tensor | int | None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
@@ -214,3 +215,15 @@ def test_one_of_several_processes_asks_all_to_start_again_in_smaller_pieces(tmp_
     training._piece_ids = [["a"]]
     with pytest.raises(OutOfMemory, match="with sample a alone"):  # which would only come again
         Trainer._make_room(training, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_checkpoints_folder_is_there_before_any_process_looks_whether_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", lambda *_: found.append((tmp_path / "checkpoint-5").is_dir()))
+    training = object.__new__(Trainer)
+    training.args = SimpleNamespace(output_dir=str(tmp_path))
+    training.state = SimpleNamespace(global_step=5)
+    training._save_checkpoint(torch.nn.Linear(1, 1), None)
+    assert found == [True]
