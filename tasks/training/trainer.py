@@ -152,12 +152,11 @@ class Trainer(RatesByPart, SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save. The folder exists first: transformers takes it for the best checkpoint only if it does.
 
-        With FSDP2 the folder would come to be by whichever process is ahead, and the others would restore other weights.
+        With FSDP2 it would come to be by whichever process is ahead, and the others would restore other weights.
         """
         assert self.args.output_dir is not None
-        Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}").mkdir(
-            parents=True, exist_ok=True
-        )
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        Path(self.args.output_dir, name).mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _add_gradients(
