@@ -30,17 +30,17 @@ SAMPLE = Path("tasks/sample_models/gemma")
 STD = 0.02
 
 
-def gemma4_31b(layers: int = 60) -> Gemma4Config:
-    """Gemma 4 31B with its first `layers` decoder layers, a multiple of 6."""
+def gemma4_31b(layers: int = 60, *, parts: int = 1) -> Gemma4Config:
+    """Gemma 4 31B with its first `layers` decoder layers, a multiple of 6, and the language model's width / `parts`."""
     text = Gemma4TextConfig(
-        hidden_size=5376,
-        intermediate_size=21504,
+        hidden_size=5376 // parts,
+        intermediate_size=21504 // parts,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=16,
+        num_attention_heads=32 // parts,
+        num_key_value_heads=16 // parts,
         head_dim=256,
         global_head_dim=512,
-        num_global_key_value_heads=4,
+        num_global_key_value_heads=4 // parts,
         attention_k_eq_v=True,
         use_bidirectional_attention="vision",
         hidden_size_per_layer_input=0,
@@ -57,6 +57,11 @@ def gemma4_31b(layers: int = 60) -> Gemma4Config:
         standardize=True,
     )
     return _with_sample_tokens(text, vision)
+
+
+def gemma4_half(layers: int = 60) -> Gemma4Config:
+    """Half as wide as the 31B: with 24 layers, one 80 GB GPU has room to train 3.6 B weights of it in full."""
+    return gemma4_31b(layers, parts=2)
 
 
 def gemma4_e4b() -> Gemma4Config:

@@ -58,10 +58,11 @@ def run(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     placement = models.place(recipe)
     recipe.check_learning_rates(four_bit=placement.four_bit)
     processor = models.load_processor(config["model"], recipe)
-    base = models.load_model(config["model"], placement)
-    set_seed(recipe.seed)  # LoRA's initial weights are random
-    model = models.make_trainable(base, recipe, parent=config["parent_adapter"])
-    weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    with distributed.loading(recipe, placement.dtype):
+        base = models.load_model(config["model"], placement)
+        set_seed(recipe.seed)  # LoRA's initial weights are random
+        model = models.make_trainable(base, recipe, parent=config["parent_adapter"])
+    weights = distributed.trained_count(model)
     log.info("LoRA on %d linear layers; %.2f M weights to train", len(models.lora_names(model)), weights / 1e6)
     examples = read_examples(Path(config["examples"]))
     validation = read_examples(Path(config["validation"])) if recipe.early_stop_patience else None
@@ -126,11 +127,12 @@ def train_model(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    for weight in model.parameters():
-        if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16
-            weight.data = weight.data.to(distributed.trained_dtype(recipe, placement.dtype))
+    if placement.loaded_whole:
+        for weight in model.parameters():
+            if weight.requires_grad:  # TRL casts LoRA on a 4-bit base to bf16
+                weight.data = weight.data.to(torch.float32)  # bf16 is too coarse to add small steps to
     quicken(model, recipe, placement, examples=examples, processor=processor, collator=rendered, passes=passes)
-    distributed.prepare(trainer, recipe)
+    distributed.prepare(trainer, recipe, loaded_whole=placement.loaded_whole)
     with stop.listening():
         _train(trainer, folder, recipe)
     done = trainer.state.global_step

@@ -1,4 +1,4 @@
-"""What a child process of `process.run_child` tells its parent beside its result: how far it is, that it stopped."""
+"""What a child process of `process.run_child` tells its parent beside its result: how far it is, and how it ended."""
 
 import json
 from collections.abc import Mapping
@@ -13,6 +13,10 @@ class Stopped(BaseException):
 
     Like `KeyboardInterrupt` it is no `Exception`, so that no library takes it for a failure to recover from.
     """
+
+
+class StartAgain(RuntimeError):  # noqa: N818 - says what to do
+    """Raised in one of several children if it can't go on, but all can when they are started again; says why."""
 
 
 def report(values: Mapping[str, Any]) -> None:

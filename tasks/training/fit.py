@@ -176,6 +176,11 @@ class _Plan:
 def _check_parent(parent: FinishedRun, recipe: Recipe, base: BaseModel) -> None:
     """Raise `RecipeError` unless what the parent trained fits the recipe's base model, method and LoRA."""
     parent.check_base(base)
+    if recipe.sharding == "zero3" and recipe.method == "full":
+        raise RecipeError(
+            f"sharding: zero3 can't start from weights that the parent run {parent.ref.run_id} trained in full. "
+            "Write sharding: fsdp, or merge the parent run and take the merged model as base_model."
+        )
     for name in ("method", "full_parts", *(_LORA if recipe.method == "lora" else ())):
         has, wanted = getattr(parent.recipe, name), getattr(recipe, name)
         if has != wanted:

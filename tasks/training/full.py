@@ -41,17 +41,10 @@ def _names(model: PreTrainedModel, chosen: tuple[Part, ...]) -> set[str]:
     return {name for name, part in of.items() if part in wanted}
 
 
-def save_weights(
-    weights: Mapping[str, torch.Tensor], folder: Path, *, parts: tuple[Part, ...], dtype: torch.dtype
-) -> None:
-    """Write the trained weights, in `dtype`, as safetensors of at most 4 GB, and their parts' names."""
+def save_weights(weights: Mapping[str, torch.Tensor], folder: Path, *, parts: tuple[Part, ...]) -> None:
+    """Write the trained weights as safetensors of at most 4 GB, and their parts' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(
-        {name: weight.to(dtype) for name, weight in weights.items()},
-        folder,
-        filename_pattern=_PATTERN,
-        max_shard_size="4GB",
-    )
+    save_torch_state_dict(dict(weights), folder, filename_pattern=_PATTERN, max_shard_size="4GB")
     (folder / PARTS).write_text(json.dumps(parts))
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,12 +20,14 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tasks.training.distributed import whole_weights
-from tasks.training.experts import check_experts_fit
+from tasks.training.experts import check_fits_in_nf4
 from tasks.training.families import ModelError as ModelError
 from tasks.training.families import (
     decoder_name,
@@ -37,7 +40,7 @@ from tasks.training.families import (
 )
 from tasks.training.full import is_saved_in_full, load_weights, save_weights, train_in_full
 from tasks.training.ranks import is_first, local_rank, world_size
-from tasks.training.recipe import Recipe, RecipeError
+from tasks.training.recipe import Recipe, RecipeError, Sharding
 from tasks.training.template import complete_template
 
 log = logging.getLogger(__name__)
@@ -47,17 +50,27 @@ log = logging.getLogger(__name__)
 class Placement:
     """Where a model is computed: device, dtype, and whether its language model's linears are held in 4 bits.
 
-    Of a `sharded` model every process holds a part of each weight, for which 4-bit weights are packed into `dtype`.
+    With `sharding` every process comes to hold a part of each weight, for which 4-bit weights are packed into `dtype`.
     """
 
     device: torch.device
     dtype: torch.dtype
     four_bit: bool
-    sharded: bool = False
+    sharding: Sharding = "none"
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return f"{name}, {str(self.dtype).removeprefix('torch.')}, {'NF4' if self.four_bit else 'not quantized'}"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes share each weight."""
+        return self.sharding != "none"
+
+    @property
+    def loaded_whole(self) -> bool:
+        """Whether the whole model is on the device before anything is shared: 4-bit weights come to be only there."""
+        return self.four_bit or not self.sharded
 
 
 def place(recipe: Recipe) -> Placement:
@@ -65,14 +78,12 @@ def place(recipe: Recipe) -> Placement:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank())
-    auto = "nf4" if on_gpu and recipe.method == "lora" else "none"
-    four_bit = (auto if recipe.quantization == "auto" else recipe.quantization) == "nf4"
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu)
     placement = Placement(
         torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu"),
         torch.bfloat16 if bf16 else torch.float32,
-        four_bit,
-        sharded=recipe.sharding != "none" and world_size() > 1,
+        recipe.is_four_bit(on_gpu=on_gpu),
+        recipe.sharding if world_size() > 1 else "none",
     )
     log.info("device: %s", placement)
     if not on_gpu and recipe.quantization == "auto":
@@ -101,14 +112,18 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     """Load the base model; raises `ModelError` if anything but the language model's linears came out in 4 bits.
 
     Reads safetensors only and runs no code of the model's own. Everything outside the language model, and its output
-    head, stays in `placement.dtype`. Raises `ModelError` too if experts, which stay as they are, don't fit the GPU.
+    head, stays in `placement.dtype`. Raises `ModelError` too if a 4-bit model is larger than the GPU.
+    Of a model that FSDP is to share, unless it is `loaded_whole`, the first process gets all weights on the CPU and the
+    others none (`meta`), for `sharding.share_out`; of one for ZeRO-3 each gets its part (see `distributed.loading`).
     """
-    options = {}
+    if placement.sharding == "fsdp" and not placement.loaded_whole and not is_first():
+        return load_skeleton(folder, placement.dtype)
+    options: dict[str, Any] = {}
     if placement.four_bit:
-        skeleton = _skeleton(folder)
+        skeleton = load_skeleton(folder)
         if placement.device.type == "cuda":
             memory = torch.cuda.get_device_properties(placement.device).total_memory
-            check_experts_fit(skeleton, memory, dtype=placement.dtype)
+            check_fits_in_nf4(skeleton, memory, dtype=placement.dtype)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -120,7 +135,7 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     model = AutoModelForMultimodalLM.from_pretrained(
         folder,
         dtype=placement.dtype,
-        device_map={"": placement.device},
+        device_map={"": placement.device} if placement.loaded_whole else None,
         use_safetensors=True,
         trust_remote_code=False,
         **options,
@@ -128,14 +143,20 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     check_quantization(model, four_bit=placement.four_bit)
     log.info("%s", describe(model))
+    if placement.sharded and placement.loaded_whole:
+        log.info(
+            "4-bit weights are shared once they are whole on each GPU: %.2f GiB", model.get_memory_footprint() / 2**30
+        )
     return model
 
 
-def _skeleton(folder: str | Path) -> PreTrainedModel:
-    """The model's modules without weights."""
+def load_skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the model's modules, without weights (on `meta`)."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+    if Path(folder, GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -286,11 +307,11 @@ def save_trained(model: PeftModel | PreTrainedModel, folder: Path, recipe: Recip
 
     Of several processes all must call it; the first writes.
     """
-    weights = whole_weights(model)
+    weights = whole_weights(model, torch.float32 if isinstance(model, PeftModel) else dtype)
     if not is_first():
         return
     if not isinstance(model, PeftModel):
-        save_weights(weights, folder, parts=recipe.full_parts, dtype=dtype)
+        save_weights(weights, folder, parts=recipe.full_parts)
         return
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an unfilled form; the run's table says more

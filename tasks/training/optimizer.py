@@ -30,7 +30,8 @@ def parameter_groups(model: PeftModel | PreTrainedModel, recipe: Recipe) -> list
         if weight.requires_grad:
             part = parts.of(name)
             trained: TrainablePart = part if part in ("projector", "vision") else "language"
-            groups.setdefault((trained, weight.dim() > 1), []).append(weight)
+            shape = getattr(weight, "ds_shape", weight.shape)  # with ZeRO-3, a process's part of it has no shape
+            groups.setdefault((trained, len(shape) > 1), []).append(weight)
     return [
         {
             "params": weights,

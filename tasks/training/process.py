@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tasks
-from tasks.training.child_side import REPORT, Stopped
+from tasks.training.child_side import REPORT, StartAgain, Stopped
 from tasks.training.gpu import NO_GPU, Reservation
-from tasks.training.ranks import EXIT_STOPPED, Failure, Ranks, is_first
+from tasks.training.ranks import EXIT_AGAIN, EXIT_STOPPED, Failure, Ranks, is_first
 
 LAST_LINES = 30
 RESULT = "result.json"
@@ -69,11 +69,11 @@ def run_child(
     """Run `module.run(config, folder)` in new processes and return the result of the first, a JSON object.
 
     `config` must be JSON too. Several processes find each other as torch.distributed's `env://` does. If a signal
-    kills one, all are started again, `restarts` times at most. Each line they print goes to `on_log` as it comes, and
-    each of the first one's `report`s to `on_report`. Whatever ends this call, the processes and their own children are
-    killed first: at once if `on_log` or `on_report` fails, but if this process is asked to leave (SIGTERM,
-    KeyboardInterrupt, anything that is not an `Exception`), they are sent SIGTERM and have `STOP_SECONDS` to end by
-    themselves. Raises `ChildFailed`, or `ChildStopped` if they raised `Stopped`.
+    kills one, or one raises `StartAgain`, all are started again, `restarts` times at most. Each line they print goes to
+    `on_log` as it comes, and each of the first one's `report`s to `on_report`. Whatever ends this call, the processes
+    and their own children are killed first: at once if `on_log` or `on_report` fails, but if this process is asked to
+    leave (SIGTERM, KeyboardInterrupt, anything that is not an `Exception`), they are sent SIGTERM and have
+    `STOP_SECONDS` to end by themselves. Raises `ChildFailed`, or `ChildStopped` if they raised `Stopped`.
     """
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for outcome in (RESULT, STOPPED):
@@ -91,7 +91,7 @@ def run_child(
 
     while True:
         failure = _run_once(module, folder, gpus, processes=processes, say=say)
-        if failure is None or not failure.killed or not restarts:
+        if failure is None or not failure.may_pass or not restarts:
             break
         say(f"{failure}; all {processes} processes start again, {restarts} restarts are left")
         restarts -= 1
@@ -166,6 +166,9 @@ def main() -> None:
         logging.getLogger(__name__).info("%s", stopped)
         _write(folder / STOPPED, str(stopped))
         _leave(EXIT_STOPPED)
+    except StartAgain as error:
+        logging.getLogger(__name__).warning("%s", error)
+        _leave(EXIT_AGAIN)
     except Exception:
         traceback.print_exc()
         _leave(1)

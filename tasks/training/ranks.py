@@ -19,6 +19,7 @@ POLL_SECONDS = 0.2
 # When one process is killed the others fail for want of it: how long to wait for what else happened.
 LAST_WORDS_SECONDS = 1.0
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+EXIT_AGAIN = 71  # EX_OSERR: something was short, start all again
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,15 @@ class Failure:
     code: int
 
     @property
-    def killed(self) -> bool:
-        """Whether a signal ended it, so that starting again may help; an exception would only come again."""
-        return self.code < 0
+    def may_pass(self) -> bool:
+        """Whether starting again may help: a signal ended it, or it asks for that; an exception would come again."""
+        return self.code < 0 or self.code == EXIT_AGAIN
 
     def __str__(self) -> str:
         who = "the process" if self.rank is None else f"rank {self.rank}"
-        if not self.killed:
+        if self.code == EXIT_AGAIN:
+            return f"{who} could not go on"
+        if self.code > 0:
             return f"{who} ended with exit code {self.code}"
         hint = ", perhaps because the machine ran out of memory," if self.code == -signal.SIGKILL else ""
         return f"{who} was killed by {signal.Signals(-self.code).name}{hint}"
@@ -141,7 +144,7 @@ class Ranks:
             return
         if any(process.returncode is None for process in self._processes):
             time.sleep(LAST_WORDS_SECONDS)
-        self._failure = max(self._failures(), key=lambda failure: failure.killed)
+        self._failure = max(self._failures(), key=lambda failure: failure.may_pass)
         self.kill()
 
     def _failures(self) -> list[Failure]:

@@ -15,6 +15,9 @@ from pydantic_core import PydanticCustomError
 TrainablePart = Literal["language", "projector", "vision"]
 """Parts of a model that a recipe can train; `families.parts_of` says which modules they are."""
 
+Sharding = Literal["none", "fsdp", "zero3"]
+"""What several processes share: nothing, or every weight, its gradient and its optimizer state."""
+
 HIGHEST_4BIT_LEARNING_RATE = 5e-5
 """Above it, adapters on a 4-bit base often get worse while their loss looks fine."""
 
@@ -67,7 +70,7 @@ class Recipe(BaseModel):
     quantization: Literal["auto", "nf4", "none"] = Field(
         default="auto",
         description="How the base model's weights are held: nf4 (4-bit, double quantisation) or none. "
-        "auto is nf4 for LoRA on a GPU, else none.",
+        "auto is nf4 for LoRA on a GPU, unless sharding is zero3, else none.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="What is computed in. auto is bf16 on a GPU and fp32 on a CPU."
@@ -120,7 +123,7 @@ class Recipe(BaseModel):
     optimizer: Literal["adamw", "paged_adamw_8bit"] = Field(
         default="adamw",
         description="paged_adamw_8bit holds the optimizer's state in 8 bits, and moves it to main memory when the "
-        "GPU's is full.",
+        "GPU's is full; not with sharding: fsdp.",
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decay of weights other than norms.")
     max_grad_norm: float = Field(
@@ -174,10 +177,11 @@ class Recipe(BaseModel):
         description="GPUs of this machine to train on together, or processes where it has none. The samples of a step "
         "stay batch_size × accumulation, so accumulation must be a multiple of it.",
     )
-    sharding: Literal["none", "fsdp", "zero3"] = Field(
+    sharding: Sharding = Field(
         default="none",
         description="What several GPUs share: none gives each a whole model (data parallel); fsdp (FSDP2) and zero3 "
-        "(DeepSpeed ZeRO-3) leave each a part of every layer once all have loaded it. 4-bit models need fsdp.",
+        "(DeepSpeed ZeRO-3) give each a part of every weight, gradient and optimizer state, from loading on. 4-bit "
+        "models need fsdp, and each GPU loads all of one first. fsdp is faster.",
     )
     save_steps: int = Field(
         default=100, ge=1, description="Steps between checkpoints, from which a killed run goes on."
@@ -194,6 +198,12 @@ class Recipe(BaseModel):
         """Parts that the training changes, by LoRA or in full."""
         lora = self.lora_parts if self.method == "lora" else ()
         return tuple(dict.fromkeys((*lora, *self.full_parts)))
+
+    def is_four_bit(self, *, on_gpu: bool) -> bool:
+        """Return whether the base model is held in 4 bits."""
+        if self.quantization == "auto":
+            return on_gpu and self.method == "lora" and self.sharding != "zero3"
+        return self.quantization == "nf4"
 
     def learning_rate_of(self, part: TrainablePart) -> float:
         """Return the peak learning rate of a part."""
@@ -257,6 +267,11 @@ class Recipe(BaseModel):
             )
         if self.sharding == "zero3" and self.quantization == "nf4":
             raise RecipeError("sharding: zero3 can't share 4-bit weights. Write sharding: fsdp, or quantization: none.")
+        if self.sharding == "fsdp" and self.optimizer != "adamw":
+            raise RecipeError(
+                f"optimizer: {self.optimizer} can't keep the states of weights that sharding: fsdp divides. "
+                "Write adamw: its states are divided too, 8 bytes a weight among all gpus."
+            )
 
     def _shareable_step(self) -> str:
         """Advice for a step that `gpus` can share: of as many samples, in forward passes no larger than now."""

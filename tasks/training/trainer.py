@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.training.batches import StartEpochs, TokenBatches
+from tasks.training.child_side import StartAgain
 from tasks.training.collate import IGNORED
 from tasks.training.divergence import Diverged
 from tasks.training.optimizer import RatesByPart
@@ -32,6 +34,7 @@ class Trainer(RatesByPart, SFTTrainer):
 
     The loss is the mean over the supervised tokens of a step's samples, so neither accumulation nor cutting changes
     it. When memory runs out, the step under way is done again from its start with batches in twice as many pieces.
+    One of several processes can't repeat a step alone: it raises `StartAgain`, and all go on from the last checkpoint.
     Raises `OutOfMemory` when a single sample does not fit, and `Diverged` before anything is saved after a step whose
     loss or gradients are not finite. Each step's log has, beside TRL's: samples, tokens, micro_batch (most samples in
     one forward pass) and input_wait_seconds.
@@ -146,6 +149,16 @@ class Trainer(RatesByPart, SFTTrainer):
         """Not counted: transformers' formula knows neither frozen weights nor images."""
         return 0
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save. The folder exists first: transformers takes it for the best checkpoint only if it does.
+
+        With FSDP2 it would come to be by whichever process is ahead, and the others would restore other weights.
+        """
+        assert self.args.output_dir is not None
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        Path(self.args.output_dir, name).mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
+
     def _add_gradients(
         self, model: nn.Module, batch: Batch, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor | None:
@@ -185,9 +198,9 @@ class Trainer(RatesByPart, SFTTrainer):
             raise OutOfMemory(f"out of memory in step {step} with sample {failed[0]} alone. {REMEDY}")
         self.pieces.double(step=step, samples=len(failed))
         if self.args.world_size > 1:  # the others wait for this process's gradients: they can't start the step again
-            raise OutOfMemory(
-                f"out of memory in step {step} on one of {self.args.world_size} processes. Run the training again: it "
-                f"goes on from its last checkpoint, with batches in {self.pieces.count} pieces."
+            raise StartAgain(
+                f"out of memory in step {step} on one of {self.args.world_size} processes: all go on from the last "
+                f"checkpoint, with batches in {self.pieces.count} pieces"
             )
         model.zero_grad()
         self._forget_passes()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
+from tasks.training.memory.held import held_by_each
 from tasks.training.memory.skeleton import Layer, Skeleton, Stack, image_inputs, skeleton_of
 from tasks.training.recipe import Recipe
 
@@ -46,9 +47,10 @@ class Workload:
 class Estimate:
     """Bytes held at the moment of a training step when most is held, as `torch.cuda.max_memory_allocated` counts them.
 
-    `weights` are frozen, `adapters` are trained. `activations` are kept for the backward pass at that moment; `working`
-    is what the layer then at work needs besides, and `logits` what the output head does. The CUDA context, and what
-    the allocator holds without using it, come on top. `moment` says when it is.
+    Of several GPUs that share a model, each holds so much. `weights` are frozen, `adapters` are trained; `gathered` are
+    weights that are whole while a layer is at work. `activations` are kept for the backward pass at that moment;
+    `working` is what the layer then at work needs besides, and `logits` what the output head does. The CUDA context,
+    and what the allocator holds without using it, come on top. `moment` says when it is.
     """
 
     weights: int
@@ -60,6 +62,7 @@ class Estimate:
     logits: int
     inputs: int
     moment: str
+    gathered: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -70,6 +73,10 @@ class Estimate:
         parts = [(field.name, getattr(self, field.name)) for field in fields(self) if field.type is int]
         listed = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in parts if value)
         return f"{self.peak_bytes / 2**30:.2f} GiB at the {self.moment}: {listed}"
+
+
+LOADING = "loading, before it is shared"
+NOTHING = Estimate(0, 0, 0, 0, 0, 0, 0, 0, moment="")
 
 
 def estimate(
@@ -108,11 +115,11 @@ class MemoryModel:
     ) -> None:
         self.skeleton, self.recipe, self.compiled, self.logits = skeleton, recipe, compiled, logits
         self._stack = lru_cache(maxsize=64)(self._rehearse)
-        trained = skeleton.trained()
+        self.held = held_by_each(skeleton, recipe)
         self.resting = Estimate(
-            weights=skeleton.weight_bytes(),
-            adapters=sum(weight.numel() * weight.element_size() for weight in trained),
-            optimizer=sum(optimizer_bytes(weight, recipe.optimizer) for weight in trained),
+            weights=self.held.weights,
+            adapters=self.held.trained,
+            optimizer=self.held.optimizer,
             gradients=0,
             activations=0,
             working=0,
@@ -129,7 +136,8 @@ class MemoryModel:
             self._seeing(resting, stack),
             self._computing_loss(resting, stack, workload, share=checkpointed_share),
             *self._going_back(resting, stack, share=checkpointed_share),
-            replace(resting, gradients=resting.adapters, moment="optimizer step"),
+            replace(resting, gradients=self.held.stepping, moment="optimizer step"),
+            replace(NOTHING, weights=self.held.loading, moment=LOADING),
         ]
         return max(moments, key=lambda moment: moment.peak_bytes)
 
@@ -151,7 +159,13 @@ class MemoryModel:
 
     def _seeing(self, resting: Estimate, stack: Stack) -> Estimate:
         """While a frozen vision tower runs."""
-        return replace(resting, working=stack.frozen_vision, gradients=self._held_back, moment="vision tower")
+        return replace(
+            resting,
+            working=stack.frozen_vision,
+            gradients=self._held_back,
+            gathered=self.held.gathered,
+            moment="vision tower",
+        )
 
     def _computing_loss(self, resting: Estimate, stack: Stack, workload: Workload, *, share: float) -> Estimate:
         """When the forward pass has come to its end."""
@@ -160,6 +174,7 @@ class MemoryModel:
             resting,
             activations=kept,
             gradients=self._held_back,
+            gathered=self.held.gathered,
             logits=self._logit_bytes(workload),
             moment="loss",
         )
@@ -170,13 +185,14 @@ class MemoryModel:
         for at, layer in enumerate(stack.layers):
             footprint = layer.footprint
             own = footprint.hidden + footprint.kept_by(compiled=self.compiled)
-            above = sum(higher.gradients for higher in stack.layers[at + 1 :])
+            above = sum(higher.gradients for higher in stack.layers[at + 1 :]) // self._ranks
             moments.append(
                 replace(
                     resting,
                     activations=stack.around + sum(kept[:at]) + own,
                     working=footprint.working,
-                    gradients=max(above, self._held_back),
+                    gradients=max(above, self._held_back) + self.held.reducing,
+                    gathered=self.held.gathered,
                     moment=f"backward pass of layer {at + 1} of {len(stack.layers)}",
                 )
             )
@@ -193,7 +209,17 @@ class MemoryModel:
     @property
     def _held_back(self) -> int:
         """Gradients of earlier micro-batches of the same step."""
-        return self.resting.adapters if self.recipe.accumulation > 1 else 0
+        return self.held.gradients if self._passes > 1 else 0
+
+    @property
+    def _passes(self) -> int:
+        """Micro-batches of a step that one process computes."""
+        return max(1, self.recipe.accumulation // self.recipe.gpus)
+
+    @property
+    def _ranks(self) -> int:
+        """Processes that share each gradient."""
+        return 1 if self.recipe.sharding == "none" else self.recipe.gpus
 
     def _logit_bytes(self, workload: Workload) -> int:
         """The output head at work: a tile of logits and the hidden states with gradients, or all logits with theirs."""
@@ -211,7 +237,7 @@ class MemoryModel:
         if not images or self.skeleton.vision is None:
             return 0
         tensors = image_inputs(self.skeleton.config.vision_config, images, workload.image_tokens, torch.float32)
-        return self.recipe.accumulation * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return self._passes * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def checkpointed_layers(layers: Sequence[Layer], share: float) -> set[int]:
@@ -219,11 +245,3 @@ def checkpointed_layers(layers: Sequence[Layer], share: float) -> set[int]:
     language = [at for at, layer in enumerate(layers) if not layer.vision]
     chosen = [layer for at, layer in enumerate(language) if int((at + 1) * share) > int(at * share)]
     return {*chosen, *(at for at, layer in enumerate(layers) if layer.vision and chosen)}
-
-
-def optimizer_bytes(weight: torch.Tensor, optimizer: str) -> int:
-    """Return the bytes of AdamW's two states of a weight, as `torch.cuda.max_memory_allocated` counts them.
-
-    PyTorch's are of the weight's dtype. Paged ones of bitsandbytes lie in unified memory, which is not counted.
-    """
-    return 0 if optimizer.startswith("paged") else 2 * weight.numel() * weight.element_size()

@@ -119,6 +119,8 @@ def _layouts(
     samples = recipe.batch_size * recipe.accumulation
     for batch in (size for size in range(1, samples + 1) if samples % size == 0):
         accumulation = samples // batch
+        if accumulation % recipe.gpus:
+            continue
         workload, split = replace(sample, batch=batch), model.with_accumulation(accumulation)
         share = smallest_share(split, workload, device_bytes)
         if share is None:

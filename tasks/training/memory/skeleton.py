@@ -19,7 +19,8 @@ from tasks.training.memory.rehearsal import Allocations, AsOnGPU, Footprint, reh
 from tasks.training.model import ModelError
 from tasks.training.recipe import Recipe
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_CODE_BYTES = 0.5
+NF4_BYTES = NF4_CODE_BYTES + 1 / 64 + 4 / (64 * 256)
 """Bytes a weight takes in NF4 with double quantisation: its code, an 8-bit scale per 64, and a scale of those per 256.
 
 That is 4.127 bits (Dettmers et al., 2023, section 3).
@@ -57,7 +58,15 @@ def skeleton_of(config: PretrainedConfig, recipe: Recipe, *, adapter_dtype: torc
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(adapter_dtype)
-    return Skeleton(model, four_bit=recipe.quantization != "none", dtype=dtype)
+    return Skeleton(model, four_bit=recipe.is_four_bit(on_gpu=True), dtype=dtype)
+
+
+def rows_of_part(weight: torch.Tensor, ranks: int) -> int:
+    """Return the elements that the first of `ranks` processes has of a weight whose rows they share."""
+    if weight.dim() == 0:
+        return 1
+    rows = weight.shape[0]
+    return -(-rows // ranks) * (weight.numel() // max(rows, 1))
 
 
 class Skeleton:
@@ -76,21 +85,29 @@ class Skeleton:
         """Return the weights that get gradients."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
-    def weight_bytes(self) -> int:
-        """Return what the frozen weights and the buffers take; tied ones count once."""
-        packed = self._packed() if self.four_bit else set()
+    def weight_bytes(self, *, ranks: int = 1) -> int:
+        """Return what one of `ranks` processes holds of the frozen weights that they share; tied ones count once.
+
+        Buffers, which it includes, and the scales of 4-bit weights are whole in each.
+        """
+        packed = self.packed()
         total = 0.0
         for weight in self.model.parameters():
-            if not weight.requires_grad:
-                total += weight.numel() * (NF4_BYTES if id(weight) in packed else weight.element_size())
+            if id(weight) in packed:
+                total += rows_of_part(weight, ranks) * NF4_CODE_BYTES + weight.numel() * (NF4_BYTES - NF4_CODE_BYTES)
+            elif not weight.requires_grad:
+                total += rows_of_part(weight, ranks) * weight.element_size()
         return int(total) + sum(buffer.numel() * buffer.element_size() for buffer in self.model.buffers())
 
     def largest_unpacked(self) -> int:
         """Return the size of the largest weight that is held in 4 bits, when it is unpacked."""
-        packed = self._packed() if self.four_bit else set()
+        packed = self.packed()
         return max((w.numel() * w.element_size() for w in self.model.parameters() if id(w) in packed), default=0)
 
-    def _packed(self) -> set[int]:
+    def packed(self) -> set[int]:
+        """Return the ids of the weights that are held in 4 bits."""
+        if not self.four_bit:
+            return set()
         linears = models.linear_names(self.decoder).values()
         return {id(module.weight) for module in linears if not module.weight.requires_grad}
 

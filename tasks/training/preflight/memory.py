@@ -1,13 +1,16 @@
 """Check (h): the memory that the training is predicted to need at its peak, against what the device has."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from tasks.training.collate import IGNORED
-from tasks.training.memory.estimate import IMAGE_TOKENS, Estimate, MemoryModel, Workload
+from tasks.training.memory.estimate import IMAGE_TOKENS, LOADING, Estimate, MemoryModel, Workload
 from tasks.training.memory.skeleton import skeleton_of
+from tasks.training.model import Placement
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Setup, checkpointed_share
 from tasks.training.speed import is_compiled
@@ -15,18 +18,29 @@ from tasks.training.speed import is_compiled
 MEMORY = "memory"
 MARGIN = 0.05
 """Share of a GPU's memory left to the driver and to fragments that the allocator can't use."""
+REMEDY = (
+    "Lower batch_size and raise accumulation by the same factor, checkpoint more, set a lower max_image_tokens, share "
+    "the model among more gpus (sharding: fsdp), or use a larger device."
+)
+LOADED_WHOLE = (
+    "Each GPU loads a 4-bit model whole before they share it: write quantization: none, of which each loads its part "
+    "only, or use larger GPUs."
+)
+KEPT_FREE = 0.2
+"""Share of a device's memory left to activations, where all of a model is to be tried on it."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_memory(setup: Setup) -> list[Finding]:
     """Compare the predicted peak with the memory of the GPU, or with what is free of the machine's without one.
 
-    The prediction is that of a micro-batch of samples as long as the longest.
+    The prediction is that of a micro-batch of samples as long as the longest; of GPUs that share a model, that of each.
     """
     workload = largest_batch(setup)
     recipe = setup.recipe
     steps = recipe.max_steps or recipe.epochs * len(setup.examples) / workload.batch / recipe.accumulation
-    compiled = is_compiled(recipe, setup.placement, int(steps * recipe.accumulation))
+    shared = replace(setup.placement, sharding=recipe.sharding)  # the preflight itself is one process
+    compiled = is_compiled(recipe, shared, int(steps * recipe.accumulation))
     model = MemoryModel(skeleton_of(setup.base.config, recipe), recipe, compiled=compiled)
     share = checkpointed_share(recipe, setup.placement)
     return [judge(model.estimate(workload, checkpointed_share=share), workload, setup.placement.device)]
@@ -35,7 +49,7 @@ def check_memory(setup: Setup) -> list[Finding]:
 def judge(estimate: Estimate, workload: Workload, device: torch.device) -> Finding:
     """Return whether what is predicted fits a device."""
     on_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else free_memory()
+    total = memory_of(device)
     limit = int(total * (1 - MARGIN))
     name = torch.cuda.get_device_name(device) if on_gpu else "free RAM"
     return Finding.judge(
@@ -44,8 +58,7 @@ def judge(estimate: Estimate, workload: Workload, device: torch.device) -> Findi
         estimate.peak_bytes <= limit,
         measured=f"predicted {estimate}",
         wanted=f"at most {_gib(limit)} ({1 - MARGIN:.0%} of {_gib(total)} {name})",
-        remedy="Lower batch_size and raise accumulation by the same factor, checkpoint more, set a lower "
-        "max_image_tokens, or use a larger device.",
+        remedy=LOADED_WHOLE if estimate.moment == LOADING else REMEDY,
     )
 
 
@@ -60,6 +73,22 @@ def largest_batch(setup: Setup) -> Workload:
     batch = max(1, budget // longest) if budget else setup.recipe.batch_size
     tokens = setup.recipe.max_image_tokens or getattr(setup.processor, "image_seq_length", None) or IMAGE_TOKENS
     return Workload(batch, longest, images, int(tokens), max(supervised))
+
+
+def has_room_for_all(model: nn.Module, placement: Placement) -> bool:
+    """Whether one device could hold all of a model without 4-bit weights, and the gradients of what is trained.
+
+    `model` may be without weights.
+    """
+    needed = sum(weight.numel() * (1 + weight.requires_grad) for weight in model.parameters())
+    return needed * placement.dtype.itemsize <= memory_of(placement.device) * (1 - KEPT_FREE)
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of a GPU, or those of the machine's that are free."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return free_memory()
 
 
 def free_memory() -> int:

@@ -31,7 +31,8 @@ class Setup:
     """A training that is ready to start.
 
     `examples` are rows of `dataset.FEATURES` or `documents.FEATURES`; `checkpointing` gives a context in which the
-    model checkpoints as in the training, and is None if the recipe does without.
+    model checkpoints as in the training, and is None if the recipe does without. A `model` that only several GPUs can
+    hold has no weights.
     """
 
     recipe: Recipe
@@ -46,6 +47,11 @@ class Setup:
     def base(self) -> PreTrainedModel:
         """The model without the adapter around it."""
         return without_adapter(self.model)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether anything can be computed with the model, or only its modules are there."""
+        return not any(weight.is_meta for weight in self.model.parameters())
 
     @cached_property
     def lengths(self) -> np.ndarray:

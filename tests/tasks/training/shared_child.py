@@ -1,6 +1,7 @@
 """Runs many trainings for a test after importing torch once: forks the processes of each, as `ranks` would start them.
 
-It notes which samples each process sees, can have one killed, and lets accelerate shard on a CPU.
+It notes which samples each process sees and which weights it holds, can have one killed, and lets accelerate shard on a
+CPU.
 """
 
 import json
@@ -14,8 +15,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+from trl.trainer.sft_config import SFTConfig
 
-from tasks.training import child
+from tasks.training import child, distributed
+from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
 from tasks.training.ranks import free_port, variables
 
@@ -52,7 +58,9 @@ def _fork(
     try:
         os.environ.update(variables(rank, processes, port) if processes > 1 else {})
         _note_samples(folder / f"seen-{rank}.txt", victim["at_batch"] if victim and victim["rank"] == rank else None)
+        _note_weights(folder / f"held-{rank}.json")
         _shard_on_cpu()
+        _zero3_on_cpu()
         result = child.run(config, folder)
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(result))
@@ -79,6 +87,28 @@ def _note_samples(seen: Path, last: int | None) -> None:
     CompletionCollator.torch_call = noting  # type: ignore[method-assign]
 
 
+def _note_weights(file: Path) -> None:
+    """Write how many bytes of weights this process holds: `loaded`, and `shared` with the others."""
+    make_trainable, prepare = models.make_trainable, distributed.prepare
+    held = {}
+
+    def making_trainable(base: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        held["loaded"] = _bytes(base)
+        return make_trainable(base, *args, **options)
+
+    def preparing(trainer: Trainer, *args: Any, **options: Any) -> None:
+        prepare(trainer, *args, **options)
+        held["shared"] = _bytes(trainer.model)
+        file.write_text(json.dumps(held))
+
+    models.make_trainable, distributed.prepare = making_trainable, preparing
+
+
+def _bytes(model: nn.Module) -> int:
+    parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    return sum(part.nbytes for part in parts if not part.is_meta)
+
+
 def _shard_on_cpu() -> None:
     """Let accelerate use FSDP2 with gloo: torch can, but accelerate only asks it to on accelerators."""
     init = AcceleratorState.__init__
@@ -91,3 +121,16 @@ def _shard_on_cpu() -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init_with_fsdp  # type: ignore[method-assign]
+
+
+def _zero3_on_cpu() -> None:
+    """Let transformers and accelerate give DeepSpeed several processes on the CPU, which they only do on GPUs."""
+
+    def arguments(**options: Any) -> SFTConfig:
+        if "deepspeed" in options:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+            PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+            options["use_cpu"] = False
+        return SFTConfig(**options)
+
+    child.SFTConfig = arguments  # type: ignore[assignment, misc]

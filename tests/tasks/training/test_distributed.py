@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,35 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training.checkpoints import COMPLETE
 from tasks.training.child import CHECKED_ROWS
 from tasks.training.dataset import write_examples
-from tasks.training.distributed import check_sharded, passes_per_process, trainer_arguments, zero3_config
+from tasks.training.distributed import check_sharded, loading, passes_per_process, trainer_arguments, zero3_config
 from tasks.training.fit import train
-from tasks.training.model import ModelError, Placement, load_model
+from tasks.training.model import ModelError, Placement, load_adapter, load_model
 from tasks.training.process import run_child
 from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import publish
 
+FULL = {"method": "full", "full_parts": ["language", "projector"]}
+ZERO3 = {"full_zero3": {**FULL, "gpus": 2, "sharding": "zero3"}}
 WAYS: dict[str, dict[str, Any]] = {
     "one": {},
     "two": {"gpus": 2},
     "one_nf4": {"quantization": "nf4"},
     "fsdp_nf4": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
     "fsdp_nf4_killed": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
+    "full": FULL,
+    "full_fsdp": {**FULL, "gpus": 2, "sharding": "fsdp"},
+    "full_fsdp_killed": {**FULL, "gpus": 2, "sharding": "fsdp"},
+    **(ZERO3 if find_spec("deepspeed") else {}),
 }
 STEPS = 4
+pytestmark = pytest.mark.timeout(600)  # all trainings of the module run in its first test
 KILL = {"rank": 1, "at_batch": CHECKED_ROWS + 3}  # in the third step; checkpoints are of the second and fourth
 
 
@@ -47,8 +56,14 @@ class Trained:
         return [json.loads(line)["loss"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property
-    def adapter(self) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
+    def weights(self) -> dict[str, torch.Tensor]:
+        [file] = (self.folder / "adapter").glob("*.safetensors")
+        return load_file(file)
+
+    def held(self, rank: int) -> dict[str, int]:
+        """Bytes of weights in the memory of a process, once the model is `loaded` and once it is `shared`."""
+        found: dict[str, int] = json.loads((self.folder / f"held-{rank}.json").read_text())
+        return found
 
     def batches(self, rank: int) -> list[str]:
         """The ids in each batch, without those that the loss mask was checked on."""
@@ -81,9 +96,17 @@ def ways(
 def assert_same(found: Trained, expected: Trained) -> None:
     assert len(expected.losses) == STEPS
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
-    assert found.adapter.keys() == expected.adapter.keys()
-    for name, weight in expected.adapter.items():
-        torch.testing.assert_close(found.adapter[name], weight, rtol=1e-3, atol=1e-5)
+    weights, wanted = found.weights, expected.weights
+    assert weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def assert_exactly_continued(killed: Trained, undisturbed: Trained) -> None:
+    assert len(killed.batches(0)) > len(undisturbed.batches(0))  # the third step came twice
+    assert killed.losses == undisturbed.losses
+    weights = killed.weights
+    assert all(torch.equal(weights[name], weight) for name, weight in undisturbed.weights.items())
 
 
 def test_two_processes_train_what_one_does(ways: dict[str, Trained]) -> None:
@@ -119,11 +142,40 @@ def test_a_weight_left_whole_on_every_gpu_is_reported() -> None:
         check_sharded(torch.nn.Linear(2, 2))
 
 
-def test_a_sharded_training_goes_on_after_one_process_was_killed(ways: dict[str, Trained]) -> None:
-    killed, undisturbed = ways["fsdp_nf4_killed"], ways["fsdp_nf4"]
-    assert len(killed.batches(0)) > len(undisturbed.batches(0))  # the third step came twice
-    assert killed.losses == undisturbed.losses
-    assert all(torch.equal(killed.adapter[name], weight) for name, weight in undisturbed.adapter.items())
+@pytest.mark.parametrize("way", ["fsdp_nf4", "full_fsdp"])
+def test_a_sharded_training_goes_on_after_one_process_was_killed(ways: dict[str, Trained], way: str) -> None:
+    assert_exactly_continued(ways[f"{way}_killed"], ways[way])
+
+
+def test_fsdp_in_full_trains_what_one_process_does(ways: dict[str, Trained]) -> None:
+    assert_same(ways["full_fsdp"], ways["full"])
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed, an extra, is not installed")
+def test_zero3_in_full_trains_what_one_process_does(ways: dict[str, Trained]) -> None:
+    assert_same(ways["full_zero3"], ways["full"])
+
+
+def test_what_processes_trained_in_full_becomes_an_ordinary_model(
+    ways: dict[str, Trained], gemma: Path, tmp_path: Path
+) -> None:
+    placement = Placement(torch.device("cpu"), torch.float32, four_bit=False)
+    trained = load_adapter(load_model(gemma, placement), ways["full_fsdp"].folder / "adapter")
+    assert isinstance(trained, PreTrainedModel)
+    trained.save_pretrained(tmp_path)
+    whole = AutoModelForMultimodalLM.from_pretrained(tmp_path, use_safetensors=True)
+    for name, weight in ways["full"].weights.items():
+        torch.testing.assert_close(whole.get_parameter(name).data, weight, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_first_process_holds_the_model_before_it_is_shared(ways: dict[str, Trained], gemma: Path) -> None:
+    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
+    whole = sum(weight.nbytes for weight in model.parameters())
+    first, second = (ways["full_fsdp"].held(rank) for rank in (0, 1))
+    assert (first["loaded"], second["loaded"]) == (whole, 0)
+    rows = [weight.chunk(2) for weight in model.parameters()]
+    assert first["shared"] == sum(parts[0].nbytes for parts in rows)
+    assert second["shared"] == sum(parts[1].nbytes for parts in rows if len(parts) > 1)
 
 
 def test_a_run_on_several_gpus_goes_on_by_itself_when_one_process_is_killed(
@@ -141,7 +193,7 @@ def test_a_run_on_several_gpus_goes_on_by_itself_when_one_process_is_killed(
     losses = warehouse.read_table(f"{run.folder}/metrics.parquet")["loss"].to_pylist()
     assert losses == ways["two"].losses
     adapter = load_file(warehouse.local_path(f"{run.adapter}/adapter_model.safetensors"))
-    assert all(torch.equal(adapter[name], weight) for name, weight in ways["two"].adapter.items())
+    assert all(torch.equal(adapter[name], weight) for name, weight in ways["two"].weights.items())
 
 
 def kill_second_process(work: Path) -> None:
@@ -159,7 +211,7 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_processes")
 def test_a_step_has_as_many_samples_on_two_gpus(recipe: Recipe) -> None:
-    config = zero3_config(recipe)
+    config = zero3_config(recipe, torch.bfloat16)
     assert config["train_batch_size"] == recipe.batch_size * recipe.accumulation == 4
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 1)
 
@@ -173,7 +225,7 @@ def test_passes_that_can_not_be_shared_are_refused(recipe: Recipe, monkeypatch: 
 @pytest.mark.usefixtures("two_processes")
 def test_deepspeed_takes_the_configuration(recipe: Recipe) -> None:
     zero = pytest.importorskip("deepspeed.runtime.zero.config")
-    settings = zero.DeepSpeedZeroConfig(**zero3_config(recipe)["zero_optimization"])
+    settings = zero.DeepSpeedZeroConfig(**zero3_config(recipe, torch.bfloat16)["zero_optimization"])
     assert settings.stage == 3
     assert settings.gather_16bit_weights_on_model_save
 
@@ -197,13 +249,14 @@ def test_zero3_with_recomputation_is_refused_where_layers_share_keys(gemma: Path
 
 
 @pytest.mark.usefixtures("two_processes")
-def test_zero3_without_deepspeed_says_what_to_install(
-    gemma: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zero3_without_deepspeed_says_what_to_install(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.training.distributed.find_spec", lambda name: None)
-    model = load_model(gemma, Placement(torch.device("cpu"), torch.float32, four_bit=False))
-    with pytest.raises(RecipeError, match=r"needs the package deepspeed\. Install it \(extra deepspeed\)"):
-        trainer_arguments(recipe.model_copy(update={"sharding": "zero3"}), model)
+    zero3 = recipe.model_copy(update={"sharding": "zero3"})
+    with (
+        pytest.raises(RecipeError, match=r"needs the package deepspeed\. Install it \(extra deepspeed\)"),
+        loading(zero3, torch.float32),
+    ):
+        raise AssertionError("the model would be loaded")
 
 
 @pytest.mark.usefixtures("two_processes")

@@ -14,7 +14,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 from tasks.training import families
 from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
-from tasks.training.experts import bytes_in_nf4, check_experts_fit
+from tasks.training.experts import bytes_in_nf4, check_fits_in_nf4
 from tasks.training.families import FAMILIES, find_family, parts_of
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.template import stop_ids
@@ -254,14 +254,19 @@ def test_lora_on_the_31b_covers_its_410_layers() -> None:
 def test_experts_that_stay_in_bf16_are_refused_on_a_small_card() -> None:
     model = skeleton("26B-A4B")
     with pytest.raises(models.ModelError) as caught:
-        check_experts_fit(model, 24 * 2**30, dtype=torch.bfloat16)
+        check_fits_in_nf4(model, 24 * 2**30, dtype=torch.bfloat16)
     assert "takes 45.8 GiB even in NF4, and the GPU has 24.0 GiB" in str(caught.value)
     assert "no linear layers and stay in bfloat16. Use a larger GPU, or a model without experts" in str(caught.value)
-    check_experts_fit(model, 80 * 2**30, dtype=torch.bfloat16)
+    check_fits_in_nf4(model, 80 * 2**30, dtype=torch.bfloat16)
 
 
-def test_a_dense_model_is_not_refused_for_experts() -> None:
-    check_experts_fit(skeleton("31B"), 2**30, dtype=torch.bfloat16)
+def test_a_dense_model_larger_than_the_gpu_is_refused_with_what_to_do() -> None:
+    model = skeleton("31B")
+    check_fits_in_nf4(model, 24 * 2**30, dtype=torch.bfloat16)
+    with pytest.raises(models.ModelError) as caught:
+        check_fits_in_nf4(model, 16 * 2**30, dtype=torch.bfloat16)
+    assert "takes 17.8 GiB even in NF4, and the GPU has 16.0 GiB. Several GPUs don't help" in str(caught.value)
+    assert "quantization: none with sharding: fsdp" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,9 @@ def test_a_run_in_full_is_trained_kept_continued_and_merged(
     child = train(snapshot, still, warehouse=warehouse, parent_run=run).ref
     again = load_file(Path(warehouse.local_path(child.adapter)) / "trained.safetensors")[PROJECTOR]
     assert torch.allclose(again, trained, atol=1e-9)
+    with pytest.raises(RecipeError, match=r"zero3 can't start from weights that the parent run .*Write sharding: fsdp"):
+        shared = still.model_copy(update={"max_steps": 3, "gpus": 2, "sharding": "zero3"})
+        train(snapshot, shared, warehouse=warehouse, parent_run=run)
     with pytest.raises(RecipeError, match=r"method: is 'lora', but .* has 'full'.*take the merged model as base_model"):
         lora = still.model_copy(update={"method": "lora", "full_parts": ()})
         train(snapshot, lora, warehouse=warehouse, parent_run=run)

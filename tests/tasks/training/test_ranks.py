@@ -42,6 +42,16 @@ def run(config, folder):
         os.kill(os.getpid(), signal.SIGKILL)
     return {"died": died}
 """,
+    "asks": """
+import os
+from tasks.training.child_side import StartAgain
+def run(config, folder):
+    tried = len(list(folder.glob("tried-*")))
+    if os.environ["RANK"] == "1" and not tried:
+        (folder / "tried-0").touch()
+        raise StartAgain("memory is short")
+    return {"tried": tried}
+""",
     "raises": """
 import os
 def run(config, folder):
@@ -107,6 +117,15 @@ def test_a_group_of_which_one_was_killed_starts_again(tmp_path: Path) -> None:
     assert [line.rpartition("; ")[2] for line in lines] == [
         "all 2 processes start again, 2 restarts are left",
         "all 2 processes start again, 1 restarts are left",
+    ]
+
+
+def test_a_group_of_which_one_asks_for_it_starts_again(tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert run_child("asks", {}, folder=tmp_path, on_log=lines.append, processes=2, restarts=1) == {"tried": 1}
+    assert lines == [
+        "rank 1: memory is short",
+        "rank 1 could not go on; all 2 processes start again, 1 restarts are left",
     ]
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -129,12 +130,29 @@ def test_every_field_explains_itself() -> None:
         ({"gpus": 3, "batch_size": 1, "accumulation": 4}, "Write accumulation: 6, or another number of gpus"),
         ({"sharding": "fsdp"}, "sharding: fsdp needs several GPUs. Write gpus: 2 or more"),
         ({"gpus": 2, "sharding": "zero3", "quantization": "nf4"}, "zero3 can't share 4-bit weights"),
+        ({"gpus": 2, "sharding": "fsdp", "optimizer": "paged_adamw_8bit"}, "optimizer: paged_adamw_8bit can't keep"),
     ],
 )
 def test_what_several_gpus_can_not_share_is_refused_with_a_remedy(fields: dict[str, int | str], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Recipe(base_model="m", **fields)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "four_bit"),
+    [
+        ({}, True),
+        ({"method": "full", "full_parts": ("language",)}, False),
+        ({"gpus": 2, "sharding": "fsdp"}, True),
+        ({"gpus": 2, "sharding": "zero3"}, False),
+    ],
+)
+def test_a_recipe_that_does_not_say_uses_four_bits_on_a_gpu_where_that_works(
+    fields: dict[str, Any], four_bit: bool
+) -> None:
+    recipe = Recipe(base_model="m", **fields)
+    assert (recipe.is_four_bit(on_gpu=True), recipe.is_four_bit(on_gpu=False)) == (four_bit, False)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])

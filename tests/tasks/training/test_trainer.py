@@ -3,21 +3,25 @@
 import json
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer.sft_trainer import SFTTrainer
 
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training import model as models
+from tasks.training.child_side import StartAgain
 from tasks.training.collate import IGNORED
 from tasks.training.conversations import make_collator
 from tasks.training.dataset import read_examples, write_examples
 from tasks.training.divergence import Diverged, recall
-from tasks.training.out_of_memory import OUT_OF_MEMORY, OutOfMemory
+from tasks.training.out_of_memory import OUT_OF_MEMORY, OutOfMemory, Pieces
 from tasks.training.recipe import Recipe
 from tasks.training.template import stop_ids
+from tasks.training.trainer import Trainer
 from tests.tasks.training.in_process import (
     LEARNED,
     Disturb,
@@ -195,3 +199,31 @@ def test_a_step_that_is_not_finite_ends_with_its_samples_and_is_not_saved(
         train_here(saving, examples, tmp_path, disturb=disturb, monkeypatch=monkeypatch)
     assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     assert recall(tmp_path) == str(caught.value)
+
+
+def test_one_of_several_processes_asks_all_to_start_again_in_smaller_pieces(tmp_path: Path) -> None:
+    path = tmp_path / OUT_OF_MEMORY
+    training = SimpleNamespace(
+        _piece_ids=[["a", "b"]],
+        state=SimpleNamespace(global_step=4),
+        pieces=Pieces(path, device="a GPU"),
+        args=SimpleNamespace(world_size=2),
+    )
+    with pytest.raises(StartAgain, match=r"in step 5 on one of 2 processes: all go on .* with batches in 2 pieces"):
+        Trainer._make_room(training, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert Pieces(path, device="a GPU").count == 2
+    training._piece_ids = [["a"]]
+    with pytest.raises(OutOfMemory, match="with sample a alone"):  # which would only come again
+        Trainer._make_room(training, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_checkpoints_folder_is_there_before_any_process_looks_whether_it_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", lambda *_: found.append((tmp_path / "checkpoint-5").is_dir()))
+    training = object.__new__(Trainer)
+    training.args = SimpleNamespace(output_dir=str(tmp_path))
+    training.state = SimpleNamespace(global_step=5)
+    training._save_checkpoint(torch.nn.Linear(1, 1), None)
+    assert found == [True]

@@ -5,17 +5,17 @@ from transformers import Gemma4AudioConfig, Gemma4Config, Gemma4TextConfig, Gemm
 GIB = 2**30
 
 
-def gemma_31b(layers: int = 60) -> Gemma4Config:
-    """Gemma 4 31B, or one with fewer layers (a multiple of 6)."""
+def gemma_31b(layers: int = 60, *, parts: int = 1) -> Gemma4Config:
+    """Gemma 4 31B, or one with fewer layers (a multiple of 6) and a language model of its width / `parts`."""
     text = Gemma4TextConfig(
-        hidden_size=5376,
-        intermediate_size=21504,
+        hidden_size=5376 // parts,
+        intermediate_size=21504 // parts,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=16,
+        num_attention_heads=32 // parts,
+        num_key_value_heads=16 // parts,
         head_dim=256,
         global_head_dim=512,
-        num_global_key_value_heads=4,
+        num_global_key_value_heads=4 // parts,
         attention_k_eq_v=True,
         use_bidirectional_attention="vision",
         hidden_size_per_layer_input=0,

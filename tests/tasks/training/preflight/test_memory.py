@@ -6,11 +6,13 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from torch import nn
 
-from tasks.training.memory.estimate import Estimate, Workload
+from tasks.training.memory.estimate import LOADING, NOTHING, Estimate, Workload
+from tasks.training.model import Placement
 from tasks.training.preflight import memory
 from tasks.training.preflight.finding import Finding
-from tasks.training.preflight.memory import check_memory, free_memory, judge, largest_batch
+from tasks.training.preflight.memory import check_memory, free_memory, has_room_for_all, judge, largest_batch
 from tasks.training.preflight.setup import Setup
 
 GIB = 2**30
@@ -44,6 +46,26 @@ def test_too_small_a_device_fails_and_says_what_to_lower(small_gpu: torch.device
     assert finding.status == "failed"
     assert "at most 22.80 GiB (95% of 24.00 GiB a small card)" in finding.wanted
     assert "batch_size" in finding.remedy
+
+
+def test_a_four_bit_model_too_large_to_load_says_that_sharing_it_does_not_help(small_gpu: torch.device) -> None:
+    finding = judge(replace(NOTHING, weights=24 * GIB, moment=LOADING), Workload(4, 320), small_gpu)
+    assert finding.status == "failed"
+    assert "24.00 GiB at the loading, before it is shared: weights 24.00" in finding.measured
+    assert "loads a 4-bit model whole before they share it: write quantization: none" in finding.remedy
+
+
+def test_a_device_has_room_for_weights_and_for_gradients_of_what_is_trained(small_gpu: torch.device) -> None:
+    placement = Placement(small_gpu, torch.bfloat16, four_bit=False)
+    with torch.device("meta"):
+        model = torch.nn.Linear(2**17, 2**15, bias=False)  # 8 GiB in bf16, and as much of gradients
+    assert has_room_for_all(model, placement)
+    assert has_room_for_all(nn.Sequential(model, other := frozen_gib(3)), placement)
+    assert not has_room_for_all(nn.Sequential(model, other, frozen_gib(1)), placement)
+
+
+def frozen_gib(count: int) -> nn.Module:
+    return nn.Linear(2**14, count * 2**15, bias=False, device="meta").requires_grad_(False)
 
 
 def test_without_a_gpu_free_ram_is_the_limit() -> None:

@@ -11,6 +11,8 @@ import pytest
 from storage.catalog import connect
 from storage.refs import Outcome, PreflightRef, SnapshotRef
 from storage.warehouse import Warehouse
+from tasks.training import model as models
+from tasks.training.dataset import write_examples
 from tasks.training.preflight import child, step
 from tasks.training.preflight.child import run_checks
 from tasks.training.preflight.finding import Finding
@@ -137,6 +139,24 @@ def test_a_model_that_can_not_be_loaded_as_asked_is_a_finding_too(
         preflight(published[1], recipe.model_copy(update={"base_model": str(broken)}), warehouse=published[0])
     [row] = [r for r in published[0].read_table(caught.value.ref.table).to_pylist() if r["status"] == "failed"]
     assert row["check"] == "loading"
+
+
+def test_a_model_that_only_several_gpus_hold_is_checked_without_weights(
+    recipe: Recipe, published: Squares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "has_room_for_all", lambda *_: False)
+    monkeypatch.setattr(models, "load_model", pytest.fail)
+    shared = recipe.model_copy(update={"gpus": 2, "sharding": "fsdp"})
+    examples = write_examples(published[1], shared, split="train", warehouse=published[0], path=tmp_path / "e.arrow")
+    config = {"recipe": shared.model_dump(), "model": recipe.base_model, "examples": str(examples.path)}
+    result = child.run({**config, "parent_adapter": None}, tmp_path)
+    found = {finding["check"]: finding for finding in result["findings"]}
+    left_out = {name for name, finding in found.items() if finding["measured"].startswith("left out: one device can't")}
+    assert left_out == {"gradients", "images", "learning"}
+    assert {found[name]["status"] for name in left_out} == {"noted"}
+    assert {finding["status"] for name, finding in found.items() if name not in left_out} == {"ok"}
+    assert {"loss mask", "trained layers", "memory"} <= found.keys()
+    assert result["modules"]
 
 
 def test_a_check_that_can_not_be_finished_has_failed(shared_setup: Setup) -> None:
