@@ -29,6 +29,7 @@ STALE_AFTER_SECONDS = 24 * 3600
 ROW_GROUP_BYTES = 64 * 2**20
 IMAGE_BYTES = "image.bytes"
 """The column of image files, as Parquet names it."""
+SAMPLE_ID = "sample_id"
 
 
 class WarehouseError(ValueError):
@@ -49,16 +50,16 @@ def check_name(name: str, what: str) -> str:
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """Return how a table is written as Parquet: all columns compressed with zstd, but image files, which are already.
+    """Return how a table is written as Parquet: compressed with zstd, but for image files and sample ids.
 
-    Images and embeddings repeat nothing, so they get no dictionary: it would be read whole for any one of them.
+    Image files are compressed already. Ids are read by every query, which plain takes half of the time, for 1.7 times
+    the space. These and embeddings repeat nothing, so they get no dictionary: it would be read whole for one of them.
     """
     columns = {column: field.type for field in schema for column in _leaves(field.name, field.type)}
-    repeating = [
-        name for name, kind in columns.items() if name != IMAGE_BYTES and not pa.types.is_fixed_size_list(kind)
-    ]
+    plain = {IMAGE_BYTES, SAMPLE_ID}
+    repeating = [name for name, kind in columns.items() if name not in plain and not pa.types.is_fixed_size_list(kind)]
     return {
-        "compression": {name: "none" if name == IMAGE_BYTES else "zstd" for name in columns},
+        "compression": {name: "none" if name in plain else "zstd" for name in columns},
         "use_dictionary": repeating,
         "write_page_index": True,
     }

@@ -141,21 +141,29 @@ class Pixels:
     call that got the pixels. Everything raises `Undecodable` for damaged bytes.
     """
 
+    # Not cached properties: before Python 3.12 these hold one lock for all images, and threads would decode in turn.
+
     def __init__(self, encoded: EncodedImage, memory: Callable[[Header], Bytes]) -> None:
         self._encoded, self._memory = encoded, memory
+        self._rgb: Bytes | None = None
+        self._image: Image.Image | None = None
 
-    @cached_property
+    @property
     def rgb(self) -> Bytes:
         """The pixels, uint8 of shape (height, width, 3), upright."""
-        try:
-            return self._encoded.decode(self._memory(self._encoded.header))
-        except Exception as error:  # Pillow and the libraries under it raise nearly anything
-            raise Undecodable from error
+        if self._rgb is None:
+            try:
+                self._rgb = self._encoded.decode(self._memory(self._encoded.header))
+            except Exception as error:  # Pillow and the libraries under it raise nearly anything
+                raise Undecodable from error
+        return self._rgb
 
-    @cached_property
+    @property
     def image(self) -> Image.Image:
         """The pixels as Pillow's RGB image, copied once for all who ask."""
-        return Image.fromarray(self.rgb)
+        if self._image is None:
+            self._image = Image.fromarray(self.rgb)
+        return self._image
 
     def reduced(self, side: int) -> "Reduced | None":
         """Return the image's luma in a smaller size; see `EncodedImage.decode_reduced`."""
