@@ -26,26 +26,34 @@ def test_what_is_written_reads_back(warehouse: Warehouse) -> None:
     assert warehouse.names("signals/size") == ["x.parquet"]
 
 
-def test_image_files_are_not_compressed_again_and_all_else_is(warehouse: Warehouse) -> None:
+def test_all_is_compressed_but_image_files_which_are_and_ids_which_every_query_reads(warehouse: Warehouse) -> None:
     row = {"sample_id": "a", "image": {"bytes": b"\xff\xd8", "path": "a.jpg"}, "caption": "a dog"}
     table = pa.Table.from_pylist([row], SAMPLES)
     warehouse.write_table("pools/p/x.parquet", table)
     with warehouse.open_parquet("pools/p/x.parquet") as parquet:
         group = parquet.metadata.row_group(0)
         found = {group.column(at).path_in_schema: group.column(at).compression for at in range(group.num_columns)}
-    assert {column for column, codec in found.items() if codec != "ZSTD"} == {"image.bytes"}
+    assert {column for column, codec in found.items() if codec != "ZSTD"} == {"image.bytes", "sample_id"}
     assert warehouse.read_table("pools/p/x.parquet").equals(table)
 
 
-def test_images_and_embeddings_have_no_dictionary_which_would_be_read_whole_for_any_one(warehouse: Warehouse) -> None:
-    row = {"image": {"bytes": b"\xff\xd8", "path": "a.jpg"}, "tags": ["a"], "embedding": [0.5, 0.5]}
+def test_what_repeats_nothing_has_no_dictionary_which_would_be_read_whole_for_any_one(warehouse: Warehouse) -> None:
+    row = {"sample_id": "a", "image": {"bytes": b"\xff\xd8", "path": "a.jpg"}, "tags": ["a"], "embedding": [0.5, 0.5]}
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = pa.schema({"image": image, "tags": pa.list_(pa.string()), "embedding": pa.list_(pa.float32(), 2)})
+    columns = pa.schema(
+        {
+            "sample_id": pa.string(),
+            "image": image,
+            "tags": pa.list_(pa.string()),
+            "embedding": pa.list_(pa.float32(), 2),
+        }
+    )
     warehouse.write_table("x.parquet", pa.Table.from_pylist([row, row], columns))
     with warehouse.open_parquet("x.parquet") as parquet:
         group = parquet.metadata.row_group(0)
         leaves = [group.column(at) for at in range(group.num_columns)]
     assert {leaf.path_in_schema: leaf.has_dictionary_page for leaf in leaves} == {
+        "sample_id": False,
         "image.bytes": False,
         "image.path": True,
         "tags.list.element": True,
