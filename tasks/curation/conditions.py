@@ -130,6 +130,15 @@ def check_expression(
     return Expression(sql, frozenset(read), frozenset(bound), kind)
 
 
+def refused_value(origin: str, what: str, error: duckdb.Error) -> PolicyError:
+    """Return the error to raise when `what`, of the policy `origin`, met a value that it can't handle."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    return PolicyError(
+        f"{origin}: {what} met a value it can't handle: {reason}. "
+        "Use try_cast(… as …) or try(…), which give NULL instead; a condition that is NULL fails."
+    )
+
+
 def evaluate(
     connection: duckdb.DuckDBPyConnection,
     expressions: Sequence[Expression],

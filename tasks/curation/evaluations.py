@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from storage.refs import PoolRef, ShardRef
 from storage.warehouse import Warehouse
 from tasks.curation.columns import Columns
-from tasks.curation.conditions import Expression, PolicyError, Value, check_expression, evaluate, locked_connection
+from tasks.curation.conditions import Expression, Value, check_expression, evaluate, locked_connection, refused_value
 from tasks.curation.parallel import in_order
 from tasks.curation.policy import SAMPLE_COLUMNS, CheckedPolicy
 
@@ -115,11 +115,7 @@ def _evaluate(connection: duckdb.DuckDBPyConnection, call: Sequence[Bound], rows
             try:
                 evaluate(connection, [bound.expression], rows, parameters=parameters)
             except duckdb.Error as error:
-                reason = str(error).splitlines()[0].rstrip(".")
-                raise PolicyError(
-                    f"{bound.origin}: {bound.expression.sql!r} met a value it can't handle: {reason}. "
-                    "Use try_cast(… as …) or try(…), which give NULL instead; a condition that is NULL fails."
-                ) from None
+                raise refused_value(bound.origin, repr(bound.expression.sql), error) from None
         raise
 
 

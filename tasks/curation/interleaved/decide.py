@@ -27,7 +27,7 @@ from storage.refs import (
 from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
-from tasks.curation.conditions import Expression, PolicyError, evaluate, locked_connection
+from tasks.curation.conditions import Expression, evaluate, locked_connection, refused_value
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.interleaved.document_columns import document_columns
 from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
@@ -199,11 +199,7 @@ class _Judge:
         try:
             return evaluate(connection, expressions, rows.select(read), parameters=policy.parameters)
         except duckdb.Error as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise PolicyError(
-                f"{policy.origin}: a condition met a value it can't handle: {reason}. "
-                "Use try_cast(… as …) or try(…), which give NULL instead; a condition that is NULL fails."
-            ) from None
+            raise refused_value(policy.origin, "a condition", error) from None
 
 
 # -- all documents --------------------------------------------------------------------------------------------
