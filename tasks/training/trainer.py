@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, seed_worker
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, seed_worker
 from trl.trainer.sft_trainer import SFTTrainer
 
 from tasks.training.batches import StartEpochs, TokenBatches
@@ -136,6 +136,38 @@ class Trainer(RatesByPart, SFTTrainer):
             self._losses.append((loss[0] if return_outputs else loss).detach())
             self._supervised.append((inputs["labels"][:, 1:] != IGNORED).sum())
         return loss
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """Compute the loss on held-out rows: the mean over their supervised tokens, however they are batched.
+
+        transformers would average the batches' means, and count the rows that fill up the processes' last batches.
+        """
+        self._held_out_batches = 0
+        self._held_out = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, **options)
+        loss, supervised = self.accelerator.reduce(self._held_out).tolist()
+        output.metrics["eval_loss"] = loss / supervised
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Compute the loss of a held-out batch, and add it up without rows that another process has too."""
+        assert isinstance(self.eval_dataset, Dataset)
+        before = (self._held_out_batches * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        own = len(self.eval_dataset) - before
+        self._held_out_batches += 1
+        labels = inputs["labels"].clone()
+        labels[max(own, 1) :] = IGNORED  # one row is left, for a loss without any is no number
+        result = super().prediction_step(model, {**inputs, "labels": labels}, prediction_loss_only, ignore_keys)
+        if own > 0:
+            supervised = (labels[:, 1:] != IGNORED).sum()
+            self._held_out += torch.stack([result[0] * supervised, supervised])
+        return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step's figures as those of the whole step. Raises `Diverged`."""

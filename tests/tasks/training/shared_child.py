@@ -23,6 +23,7 @@ from trl.trainer.sft_config import SFTConfig
 from tasks.training import child, distributed
 from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
+from tasks.training.dataset import read_examples
 from tasks.training.ranks import free_port, variables
 
 
@@ -57,7 +58,8 @@ def _fork(
         return pid
     try:
         os.environ.update(variables(rank, processes, port) if processes > 1 else {})
-        _note_samples(folder / f"seen-{rank}.txt", victim["at_batch"] if victim and victim["rank"] == rank else None)
+        at_batch = victim["at_batch"] if victim and victim["rank"] == rank else None
+        _note_samples(Path(config["examples"]), folder / f"seen-{rank}.txt", at_batch)
         _note_weights(folder / f"held-{rank}.json")
         _shard_on_cpu()
         _zero3_on_cpu()
@@ -70,13 +72,16 @@ def _fork(
         os._exit(1)
 
 
-def _note_samples(seen: Path, last: int | None) -> None:
-    """Write a line of sample ids for each batch; be killed at the batch with number `last`."""
+def _note_samples(train: Path, seen: Path, last: int | None) -> None:
+    """Write a line of sample ids for each batch to train on; be killed at the batch with number `last`."""
     collate = CompletionCollator.torch_call
+    trained_on = set(read_examples(train)["sample_id"])
     batches = 0
 
     def noting(self: CompletionCollator, examples: list[dict[str, Any]]) -> dict[str, Any]:
         nonlocal batches
+        if examples[0]["sample_id"] not in trained_on:
+            return collate(self, examples)
         batches += 1
         if batches == last:
             os.kill(os.getpid(), signal.SIGKILL)

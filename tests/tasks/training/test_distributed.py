@@ -26,11 +26,12 @@ from tasks.training.process import run_child
 from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import publish
 
-FULL = {"method": "full", "full_parts": ["language", "projector"]}
+HELD_OUT = {"early_stop_patience": 9}  # one loss on held-out rows for each checkpoint; it never stops early
+FULL = {"method": "full", "full_parts": ["language", "projector"], **HELD_OUT}
 ZERO3 = {"full_zero3": {**FULL, "gpus": 2, "sharding": "zero3"}}
 WAYS: dict[str, dict[str, Any]] = {
-    "one": {},
-    "two": {"gpus": 2},
+    "one": HELD_OUT,
+    "two": {**HELD_OUT, "gpus": 2},
     "one_nf4": {"quantization": "nf4"},
     "fsdp_nf4": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
     "fsdp_nf4_killed": {"quantization": "nf4", "gpus": 2, "sharding": "fsdp"},
@@ -56,6 +57,12 @@ class Trained:
         return [json.loads(line)["loss"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property
+    def held_out(self) -> list[float]:
+        """The losses on held-out rows that led to the choice of the best checkpoint."""
+        [state] = self.folder.glob(f"checkpoints*/checkpoint-{STEPS}/trainer_state.json")
+        return [entry["eval_loss"] for entry in json.loads(state.read_text())["log_history"] if "eval_loss" in entry]
+
+    @property
     def weights(self) -> dict[str, torch.Tensor]:
         [file] = (self.folder / "adapter").glob("*.safetensors")
         return load_file(file)
@@ -77,17 +84,14 @@ def ways(
     """The same training in every one of `WAYS`."""
     warehouse, snapshot = squares
     root = tmp_path_factory.mktemp("ways")
-    path = root / "examples.arrow"
-    examples = write_examples(snapshot, recipe, split="train", warehouse=warehouse, path=path).path
+    files = {
+        name: str(write_examples(snapshot, recipe, split=split, warehouse=warehouse, path=root / f"{name}.arrow").path)
+        for name, split in (("examples", "train"), ("validation", "validation"))
+    }
     trainings = {}
     for name, fields in WAYS.items():
         way = Recipe.model_validate({**recipe.model_dump(), "lora_dropout": 0, "max_steps": STEPS, **fields})
-        config = {
-            "recipe": way.model_dump(),
-            "model": way.base_model,
-            "examples": str(examples),
-            "parent_adapter": None,
-        }
+        config = {"recipe": way.model_dump(), "model": way.base_model, "parent_adapter": None, **files}
         trainings[name] = {"processes": way.gpus, "config": config, "kill": KILL if "killed" in name else None}
     results = run_child("tests.tasks.training.shared_child", {"trainings": trainings}, folder=root, on_log=print)
     return {name: Trained(root / name, result) for name, result in results.items()}
@@ -128,6 +132,12 @@ def test_metrics_count_the_tokens_of_all_processes(ways: dict[str, Trained]) -> 
     one, two = ways["one"].result, ways["two"].result
     assert (two["tokens"], two["steps"]) == (one["tokens"], one["steps"])
     assert (one["processes"], two["processes"]) == (1, 2)
+
+
+@pytest.mark.parametrize(("way", "alone"), [("two", "one"), ("full_fsdp", "full")])
+def test_held_out_rows_count_once_however_processes_share_them(ways: dict[str, Trained], way: str, alone: str) -> None:
+    assert ways[way].held_out == pytest.approx(ways[alone].held_out, rel=1e-5)
+    assert len(ways[alone].held_out) == STEPS // 2
 
 
 def test_fsdp_of_a_four_bit_model_trains_what_one_process_does(ways: dict[str, Trained]) -> None:

@@ -14,9 +14,12 @@ from transformers import get_scheduler
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training import model as models
+from tasks.training.conversations import make_collator
+from tasks.training.dataset import read_examples
 from tasks.training.documents import write_rows
 from tasks.training.optimizer import early_stop, optimization_arguments, parameter_groups
 from tasks.training.recipe import Recipe
+from tasks.training.template import stop_ids
 
 Squares = tuple[Warehouse, SnapshotRef]
 
@@ -145,3 +148,19 @@ def test_a_loss_that_stops_falling_ends_the_training_with_the_best_weights(
     kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert best_weights.keys() == kept.keys()
     assert all(torch.equal(best_weights[name], kept[name]) for name in kept)
+    assert result["validation_loss"] == pytest.approx(loss_by_token(gemma, recipe, tmp_path), rel=1e-5)
+
+
+def loss_by_token(gemma: Path, recipe: Recipe, folder: Path) -> float:
+    """The mean loss over the supervised tokens of all held-out rows, one row at a time."""
+    base = models.load_model(gemma, models.place(recipe))
+    model = models.load_adapter(base, folder / "adapter").eval()
+    rows = read_examples(folder / "validation.arrow")
+    collator = make_collator(models.load_processor(gemma, recipe), rows, stop_ids(base))
+    losses = []
+    for row in rows:
+        inputs = collator([row])
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")[labels >= 0])
+    return torch.cat(losses).mean().item()
