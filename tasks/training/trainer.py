@@ -146,8 +146,7 @@ class Trainer(RatesByPart, SFTTrainer):
         self._held_out = torch.zeros(2, device=self.args.device)
         output = super().evaluation_loop(*args, **options)
         loss, supervised = self.accelerator.reduce(self._held_out).tolist()
-        output.metrics["eval_loss"] = loss / supervised
-        return output
+        return output._replace(metrics={**(output.metrics or {}), "eval_loss": loss / supervised})
 
     def prediction_step(
         self,
@@ -163,11 +162,12 @@ class Trainer(RatesByPart, SFTTrainer):
         self._held_out_batches += 1
         labels = inputs["labels"].clone()
         labels[max(own, 1) :] = IGNORED  # one row is left, for a loss without any is no number
-        result = super().prediction_step(model, {**inputs, "labels": labels}, prediction_loss_only, ignore_keys)
+        inputs = {**inputs, "labels": labels}
+        loss, logits, kept = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if own > 0:
             supervised = (labels[:, 1:] != IGNORED).sum()
-            self._held_out += torch.stack([result[0] * supervised, supervised])
-        return result
+            self._held_out += torch.stack([loss * supervised, supervised])
+        return loss, logits, kept
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log a step's figures as those of the whole step. Raises `Diverged`."""
