@@ -39,6 +39,16 @@ class Added:
     missing: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Examined:
+    """Rows of the source file `path`, told apart: samples by id, faults, and how many were known to the pool."""
+
+    path: str
+    samples: dict[str, dict[str, Any]]
+    faults: list[Fault]
+    known: int
+
+
 class PoolWriter:
     """Writes to one pool. What the pool holds is read as it is needed, once; `for_pool` gives a shared writer."""
 
@@ -53,11 +63,8 @@ class PoolWriter:
         """Return this process's writer for a pool, so that ids are read once and not once for every source file."""
         return PoolWriter(warehouse, pool)
 
-    def add(self, rows: Iterable[Row], path: str) -> Added:
-        """Add the rows of the source file `path` that the pool lacks: first those at fault, then the samples.
-
-        Images of known samples are not checked again. The same rows in the same order make the same objects.
-        """
+    def examine(self, rows: Iterable[Row], path: str) -> Examined:
+        """Tell the rows of the source file `path` apart. Images of known samples are not checked again."""
         self.samples.refresh()
         samples: dict[str, dict[str, Any]] = {}
         faults: list[Fault] = []
@@ -76,11 +83,18 @@ class PoolWriter:
                 samples[identifier] = sample
             except RowError as error:
                 faults.append(Fault.of(error, key=row.key, member=row.member, data=row.data))
-        self.write_faults(faults, path)
-        shard = self._write_samples(samples)
-        known += len(samples) - (shard.rows if shard else 0)
-        missing = frozenset(fault.missing_path for fault in faults if fault.missing_path is not None)
-        return Added(shard, known, Counter(fault.reason.value for fault in faults), missing)
+        return Examined(path, samples, faults, known)
+
+    def add(self, rows: Examined) -> Added:
+        """Add the rows that the pool lacks: first those at fault, then the samples.
+
+        The same rows in the same order make the same objects.
+        """
+        self.write_faults(rows.faults, rows.path)
+        shard = self._write_samples(rows.samples)
+        known = rows.known + len(rows.samples) - (shard.rows if shard else 0)
+        missing = frozenset(fault.missing_path for fault in rows.faults if fault.missing_path is not None)
+        return Added(shard, known, Counter(fault.reason.value for fault in rows.faults), missing)
 
     def write_faults(self, faults: Iterable[Fault], path: str) -> None:
         """Put the faults of the source file `path` into quarantine, each once."""

@@ -21,7 +21,7 @@ from tasks.curation.sources.grouping import parse_object
 from tasks.curation.sources.jsonl import read_lines
 
 BATCH_ROWS = 8
-"""Documents taken out of Parquet at once: few, because all their images are in memory."""
+"""Documents in hand at once: few, because all their images are in memory."""
 
 KEY_NAMES = ("key", "document_id", "doc_id", "id", "url")
 MAX_SEGMENTS = 4_096
@@ -81,7 +81,7 @@ def read_documents(file: SourceFile) -> Iterator[Row]:
     """
     with open_images(file) as images:
         rows = _jsonl(file) if file.format == "jsonl" else _parquet(file)
-        yield from read_ahead(rows, partial(_with_images, images=images), together=1)
+        yield from read_ahead(rows, partial(_with_images, images=images), source=file.uri, handed_out=BATCH_ROWS)
 
 
 # -- rows -----------------------------------------------------------------------------------------------------

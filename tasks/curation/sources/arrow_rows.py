@@ -43,7 +43,7 @@ def batch_rows(batch: pa.RecordBatch, columns: Columns, images: ImageFolder, fir
 
     by_path = any(path and image is None for image, path in zip(data, paths, strict=True))
     rows = range(batch.num_rows)
-    yield from read_ahead(rows, read) if by_path else map(read, rows)
+    yield from read_ahead(rows, read, source=images.folder) if by_path else map(read, rows)
 
 
 def _images(column: pa.Array) -> tuple[list[Any], list[str | None]]:

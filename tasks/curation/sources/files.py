@@ -16,10 +16,13 @@ import fsspec
 
 from tasks.curation.sources.contract import MAX_IMAGE_BYTES, Reason, RowError
 
-READERS = 8
-"""Files of one source that are read at once: hides the latency of object storage."""
+LOCAL_READERS, REMOTE_READERS = 2, 8
+"""Files of one source that are read at once: many hide the latency of object storage, and are in each other's way on a
+local disk, where a file takes less time than a turn of the interpreter."""
 
-READ_TOGETHER = 4
+HANDED_OUT = 32
+"""Files that these threads have in hand together."""
+
 BUFFER_BYTES = 2**20
 
 T = TypeVar("T")
@@ -73,7 +76,7 @@ class ImageFolder:
         """
         path = self._resolve(name)
         try:
-            return _read_local(Path(path), limit) if is_local(path) else _read_remote(path, limit)
+            return _read_local(path, limit) if is_local(path) else _read_remote(path, limit)
         except OSError as error:
             if isinstance(error, FileNotFoundError | PermissionError) or error.errno in _ABSENT:
                 raise RowError(Reason.MISSING_FILE, f"{path}: {error.strerror or error}", path) from None
@@ -97,13 +100,18 @@ class ImageFolder:
         return path
 
 
-def _read_local(path: Path, limit: int) -> bytes:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise RowError(Reason.MISSING_FILE, f"{path} is not a regular file", str(path))
-    if status.st_size > limit:
-        raise RowError(Reason.TOO_LARGE, f"{path} has {status.st_size:,} bytes, over {limit:,}")
-    return path.read_bytes()
+def _read_local(path: str, limit: int) -> bytes:
+    """Read a file in three calls: after each one, a thread must wait for the interpreter again."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise RowError(Reason.MISSING_FILE, f"{path} is not a regular file", path)
+        if status.st_size > limit:
+            raise RowError(Reason.TOO_LARGE, f"{path} has {status.st_size:,} bytes, over {limit:,}")
+        return os.read(file, status.st_size)
+    finally:
+        os.close(file)
 
 
 def _read_remote(uri: str, limit: int) -> bytes:
@@ -114,22 +122,24 @@ def _read_remote(uri: str, limit: int) -> bytes:
     return bytes(filesystem.cat_file(path))
 
 
-def read_ahead(items: Iterable[T], read: Callable[[T], R], *, together: int = READ_TOGETHER) -> Iterator[R]:
-    """Yield `read(item)` in order while `READERS` threads work on the items that follow; memory holds those only.
+def read_ahead(items: Iterable[T], read: Callable[[T], R], *, source: str, handed_out: int = HANDED_OUT) -> Iterator[R]:
+    """Yield `read(item)` in order while threads work on the items that follow; memory holds a few times `handed_out`.
 
-    A thread takes some items `together`, as handing over one takes as long as reading a small file.
+    `source` is where `read` reads: a local path or a URL. A thread takes some items together, as handing over one takes
+    as long as reading a small file.
     """
+    readers = LOCAL_READERS if is_local(source) else REMOTE_READERS
     waiting = iter(items)
 
     def read_all(some: tuple[T, ...]) -> list[R]:
         return [read(item) for item in some]
 
-    with ThreadPoolExecutor(READERS) as threads:
+    with ThreadPoolExecutor(readers) as threads:
         pending: deque[Future[list[R]]] = deque()
         try:
-            while some := tuple(islice(waiting, together)):
+            while some := tuple(islice(waiting, handed_out // readers)):
                 pending.append(threads.submit(read_all, some))
-                if len(pending) > READERS:
+                if len(pending) > readers:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()

@@ -18,4 +18,4 @@ def read_folder(file: SourceFile, names: list[str]) -> Iterator[Row]:
         except RowError as error:
             return Member(name, error)
 
-    yield from group_members(read_ahead((name for name in names if role(name)), read))
+    yield from group_members(read_ahead((name for name in names if role(name)), read, source=file.uri))

@@ -35,7 +35,7 @@ def read_jsonl(file: SourceFile) -> Iterator[Row]:
         except RowError as error:
             return Fault.of(error, key=row.sample.key, member=row.sample.member)
 
-    yield from read_ahead(_parsed(read_lines(file.uri), file.layout, file.uri), read)
+    yield from read_ahead(_parsed(read_lines(file.uri), file.layout, file.uri), read, source=images.folder)
 
 
 @dataclass(frozen=True)
