@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas  # noqa: F401 - pyarrow imports it at its first conversion; no tool's imports are in its seconds
 
 from storage.pool import read_pool
@@ -22,6 +23,9 @@ from tasks.curation.policy import Policy
 from tasks.curation.publish import publish
 from tasks.curation.score import score_shard
 from tasks.curation.signals import SignalSettings, build_signals
+from tasks.curation.signals.thumbnail import thumbnail
+
+thumbnail(np.zeros((64, 64, 3), np.uint8), 32)  # numba imports most of itself at its first call
 
 
 def main(settings: dict[str, object], result: Path) -> None:
