@@ -109,9 +109,9 @@ class DuplicateRule(_Choice):
     confirm: Amount | None = Field(default=None, description="1 - cosine that embeddings must be within, too")
 
     @property
-    def kinds(self) -> frozenset[str]:
-        """All kinds of pairs that the rule looks at."""
-        return frozenset(self.pairs) | ({SEMANTIC} if self.confirm is not None else set())
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of pairs that the rule looks at, each once, in the policy's order: decisions are named by it."""
+        return tuple(dict.fromkeys([*self.pairs, *([SEMANTIC] if self.confirm is not None else [])]))
 
     @model_validator(mode="after")
     def _measure_alike(self) -> Self:

@@ -1,6 +1,9 @@
 """Policy files and models: what is read, refused and overridden."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -190,6 +193,15 @@ def test_the_reach_is_the_largest_distance_asked_of_each_kind():
     assert policy.reach() == {"bytes": 0, "perceptual": 10, "semantic": 0.05}
     checked = policy.check(SCHEMA)
     assert (checked.distances, checked.confirmations) == ((0, 4, 10, 0.03), (None, None, 0.05, None))
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_pairs_are_asked_for_in_the_policys_order_in_every_process(seed):
+    # decisions are named by them: in another order they would be made again
+    code = "from tasks.curation.policy import load_policy as p; print(*p('deployments/policies/sample.yaml').reach())"
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert said.stdout.split() == ["bytes", "pixels", "perceptual", "semantic"]
 
 
 @pytest.mark.parametrize(
