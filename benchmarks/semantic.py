@@ -19,8 +19,7 @@ import torch
 from benchmarks.record import record
 from storage.refs import PoolRef, ShardRef, SignalRef
 from storage.warehouse import Warehouse
-from tasks.curation.pairs import kmeans
-from tasks.curation.pairs.clusters import cluster_embeddings
+from tasks.curation.pairs.clusters import cluster_count, cluster_embeddings
 from tasks.curation.pairs.compact import read_pairs
 from tasks.curation.pairs.semantic import find_semantic_pairs
 
@@ -77,7 +76,7 @@ def main() -> None:
             "seconds_1m": million_seconds,
         },
         pairs={"tamis": len(found), "plain": len(found_plainly)},
-        clusters={"200,000": kmeans.cluster_count(PART), "1,000,000": kmeans.cluster_count(million.rows)},
+        clusters={"200,000": cluster_count(PART), "1,000,000": cluster_count(million.rows)},
         all_seconds={"tamis": ours, "plain": plain},
         steps=parts,
         threads=torch.get_num_threads(),
@@ -110,7 +109,7 @@ def find_plainly(pool: PoolRef, warehouse: Warehouse) -> tuple[Pairs, dict[str, 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     means = faiss.Kmeans(
         SIZE,
-        kmeans.cluster_count(len(vectors)),
+        cluster_count(len(vectors)),
         niter=20,
         seed=1234,
         spherical=True,

@@ -5,6 +5,7 @@ They tell which samples to compare for semantic pairs, and how typical each is: 
 
 import importlib
 from collections.abc import Iterable
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,22 @@ from tasks.curation.pairs.members import PairsError
 VERSION = 1
 GROWTH = 4
 """How many times larger or smaller a pool may be than the one that centroids were trained on."""
+
+FEW = 20_000
+"""Samples up to which one cluster holds all, so that every two are compared."""
+SAMPLED = 256
+"""Samples a cluster to train on, at most; faiss's own limit too."""
+MOST_CLUSTERS = 4_096
+"""Clusters at most: training takes time with their square."""
+ROUNDS, SEED = 10, 1234
+"""Rounds of k-means, a tenth of SemDeDup's: what lies near a border is compared on both sides, wherever that runs."""
+PROBES = 3
+"""Clusters that an embedding may be compared with: its own and the next nearest ones."""
+MARGIN = 0.1
+"""How much less near than its own a cluster may be (difference of cosines) for an embedding to be compared with it.
+
+Two near embeddings lie in different clusters if the border runs between them, so both are close to the border.
+"""
 
 COLUMNS = pa.schema(
     [
@@ -46,22 +63,21 @@ def cluster_embeddings(pool: PoolRef, signal: SignalRef, *, warehouse: Warehouse
         raise PairsError(f"pool {pool.name} has no samples to cluster. Ingest a source into it first.")
     for shard in pool.shards:
         embedding_size(signal, shard, warehouse)
-    kmeans: Any = importlib.import_module("tasks.curation.pairs.kmeans")  # torch takes seconds
     config = {
         "version": VERSION,
         "pool": pool.name,
         "signal": signal.fingerprint,
-        "rounds": kmeans.ROUNDS,
-        "sampled": kmeans.SAMPLED,
-        "probes": kmeans.PROBES,
-        "margin": kmeans.MARGIN,
+        "rounds": ROUNDS,
+        "sampled": SAMPLED,
+        "probes": PROBES,
+        "margin": MARGIN,
     }
     folder = f"clusters/{pool.name}@{fingerprint(config)}"
     identity = _find_centroids(folder, pool, warehouse)
     if identity is None:
         inputs = {"shards": [shard.name for shard in pool.shards]}
         identity = fingerprint([config, inputs])
-        centroids = kmeans.train(_sample(pool, signal, kmeans, warehouse), kmeans.cluster_count(pool.rows))
+        centroids = _kmeans().train(_sample(pool, signal, warehouse), cluster_count(pool.rows))
         warehouse.write_table(_path(folder, identity), _as_table(centroids))
         counts = {"rows": pool.rows, "clusters": len(centroids)}
         write_record(
@@ -70,16 +86,25 @@ def cluster_embeddings(pool: PoolRef, signal: SignalRef, *, warehouse: Warehouse
     ref = SignalRef("semantic_clusters", identity)
     missing = [shard for shard in pool.shards if not warehouse.exists(ref.table(shard))]
     if missing:
+        find_nearest = _kmeans().find_nearest
         stored = warehouse.read_table(_path(folder, identity))["centroid"].combine_chunks()
         centroids = np.asarray(stored.flatten()).reshape(len(stored), -1)
         write_record(warehouse, f"{ref.folder}/signal.json", Record("signal", identity, config, {}))
     for shard in missing:
         parts = (
-            (kmeans.find_nearest(vectors, centroids), usable)
-            for vectors, usable in read_embeddings(signal, shard, warehouse)
+            (find_nearest(vectors, centroids), usable) for vectors, usable in read_embeddings(signal, shard, warehouse)
         )
         warehouse.write_table(ref.table(shard), _table(signal, shard, parts, warehouse))
     return Outcome(ref, cached=not missing)
+
+
+def cluster_count(samples: int) -> int:
+    """Return into how many clusters to cut so many samples: about the square root of their number."""
+    return 1 if samples <= FEW else min(isqrt(samples), MOST_CLUSTERS)
+
+
+def _kmeans() -> Any:
+    return importlib.import_module("tasks.curation.pairs.kmeans")  # torch takes seconds, also where all is cached
 
 
 def _find_centroids(folder: str, pool: PoolRef, warehouse: Warehouse) -> str | None:
@@ -94,11 +119,11 @@ def _find_centroids(folder: str, pool: PoolRef, warehouse: Warehouse) -> str | N
     return max(found)[1] if found else None
 
 
-def _sample(pool: PoolRef, signal: SignalRef, kmeans: Any, warehouse: Warehouse) -> Vectors:
+def _sample(pool: PoolRef, signal: SignalRef, warehouse: Warehouse) -> Vectors:
     """Return embeddings of rows drawn at random, the same ones for the same shards."""
-    size = min(pool.rows, kmeans.SAMPLED * kmeans.cluster_count(pool.rows))
+    size = min(pool.rows, SAMPLED * cluster_count(pool.rows))
     drawn = np.zeros(pool.rows, np.bool_)
-    drawn[np.random.default_rng(kmeans.SEED).choice(pool.rows, size, replace=False, shuffle=False)] = True
+    drawn[np.random.default_rng(SEED).choice(pool.rows, size, replace=False, shuffle=False)] = True
     parts, begin = [], 0
     for shard in pool.shards:
         for vectors, usable in read_embeddings(signal, shard, warehouse):

@@ -1,10 +1,8 @@
 """Spherical k-means in torch, on the GPU if there is one: centroids of directions, and those nearest to each embedding.
 
-As in faiss, which SemDeDup uses: random samples to begin with, a few hundred samples a cluster to train on. 10 rounds
-in place of the paper's 100: what lies near a border is compared on both sides, so it matters little where it runs.
+As in faiss, which SemDeDup uses, training begins with random samples.
 """
 
-from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -12,22 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from tasks.curation.pairs.blocks import device, directions, each
+from tasks.curation.pairs.clusters import MARGIN, PROBES, ROUNDS, SEED
 from tasks.curation.pairs.embeddings import Vectors
 
-FEW = 20_000
-"""Samples up to which one cluster holds all, so that every two are compared."""
-SAMPLED = 256
-"""Samples a cluster to train on, at most; faiss's own limit too."""
-MOST_CLUSTERS = 4_096
-"""Clusters at most: training takes time with their square."""
-ROUNDS, SEED = 10, 1234
-PROBES = 3
-"""Clusters that an embedding may be compared with: its own and the next nearest ones."""
-MARGIN = 0.1
-"""How much less near than its own a cluster may be (difference of cosines) for an embedding to be compared with it.
-
-Two near embeddings lie in different clusters if the border runs between them, so both are close to the border.
-"""
 BLOCK = 2_048
 
 Centroids = NDArray[np.float32]
@@ -39,11 +24,6 @@ class Nearest(NamedTuple):
     own: NDArray[np.int32]
     distance: NDArray[np.float32]
     others: NDArray[np.int32]
-
-
-def cluster_count(samples: int) -> int:
-    """Return into how many clusters to cut so many samples: about the square root of their number."""
-    return 1 if samples <= FEW else min(isqrt(samples), MOST_CLUSTERS)
 
 
 def train(sample: Vectors, clusters: int) -> Centroids:

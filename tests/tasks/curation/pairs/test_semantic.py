@@ -68,7 +68,7 @@ def test_pools_with_nothing_to_compare_have_no_pairs(warehouse, shards):
 
 
 def test_a_grown_pool_compares_only_what_is_new_and_finds_what_a_search_of_all_finds(tmp_path, monkeypatch):
-    monkeypatch.setattr(kmeans, "FEW", 100)
+    monkeypatch.setattr("tasks.curation.pairs.clusters.FEW", 100)
     rng = np.random.default_rng(0)
     points = rng.normal(size=(60, 1, 16)) + 0.2 * rng.normal(size=(60, 10, 16))
     vectors = dict(zip([f"{i:04}" for i in rng.permutation(600)], points.reshape(-1, 16), strict=True))
