@@ -66,9 +66,8 @@ def main() -> None:
         "signals": SignalSettings(clip_model=SAMPLE_CLIP),
         "warehouse": warehouse.root,
     }
-    with temporary_settings(
-        {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    ):  # for no one; every flow waits a second for its own
+    # nobody watches for heartbeats here, and every flow would wait a second for the end of its own
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         if arguments.curate_only:
             result, snapshot = None, curate(**curation)
         else:
