@@ -7,7 +7,6 @@ says, alpha dropped, colour profiles ignored; but 16-bit grey is cut to its high
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from io import BytesIO
 
 import numpy as np
@@ -44,7 +43,7 @@ class Header:
 
 
 class EncodedImage:
-    """An image whose header has been read.
+    """An image whose `header` has been read, with its size as the image is looked at.
 
     Raises on construction whatever Pillow raises for bytes that it can't read (nearly any exception, for hostile
     ones), and `DecompressionBombError` for more than `image_check.MAX_PIXELS`.
@@ -55,10 +54,11 @@ class EncodedImage:
         self._image = Image.open(BytesIO(data), formats=FORMATS)
         if self._image.width * self._image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{self._image.width} x {self._image.height} px, over {MAX_PIXELS:,}")
+        # Not cached properties: before Python 3.12 these hold one lock for all images, and threads would take turns.
+        self._orientation = _orientation(self._image, data)
+        self.header = self._read_header()
 
-    @cached_property
-    def header(self) -> Header:
-        """The image's header, with its size as the image is looked at."""
+    def _read_header(self) -> Header:
         width, height = self._image.size
         if self._orientation >= 5:
             width, height = height, width
@@ -103,19 +103,6 @@ class EncodedImage:
         """Return pixels in the file's own order, of shape (height, width, …), as the Exif orientation turns them."""
         return _upright(pixels, self._orientation)
 
-    @cached_property
-    def _orientation(self) -> int:
-        if self._image.format == "TIFF":  # Pillow turns these itself
-            return 1
-        if self._image.format == "PNG" and not any(word in self.data for word in _PNG_EXIF):
-            return 1
-        try:
-            found = self._image.getexif().get(_ORIENTATION, 1)
-        except Exception as error:  # Exif is hostile input too
-            logger.debug("unreadable Exif: %s", error)
-            return 1
-        return found if isinstance(found, int) and 1 <= found <= 8 else 1
-
     @property
     def _is_plain_jpeg(self) -> bool:
         return self._image.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
@@ -141,7 +128,7 @@ class Pixels:
     call that got the pixels. Everything raises `Undecodable` for damaged bytes.
     """
 
-    # Not cached properties: before Python 3.12 these hold one lock for all images, and threads would decode in turn.
+    # Not cached properties; see EncodedImage.
 
     def __init__(self, encoded: EncodedImage, memory: Callable[[Header], Bytes]) -> None:
         self._encoded, self._memory = encoded, memory
@@ -184,6 +171,20 @@ class Reduced:
 
     luma: Bytes
     extent: tuple[float, float]
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """The Exif orientation of an image with these bytes, 1 to 8; 1 if there is none that can be read."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    if image.format == "PNG" and not any(word in data for word in _PNG_EXIF):
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # Exif is hostile input too
+        logger.debug("unreadable Exif: %s", error)
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
