@@ -27,8 +27,9 @@ GPU_BENCHMARKS = {
     "gpu_qlora": "QLoRA from snapshot to merged model on one GPU, with six layers of the 31B's width.",
     "gpu_train": "Fine-tuning random Gemma 4 models from real shards on one GPU: TRL as documented, and ours.",
     "gpu_equal": "Loss and gradients of the fast path and of the plain one on one GPU, in float32 and in bfloat16.",
-    "gpu_scaling_fsdp": "The same training on one GPU and on two: whole model on each, and shared (FSDP2).",
+    "gpu_scaling_lora": "QLoRA of half the 31B's layers on one GPU and on two: whole model on each, and by FSDP2.",
     "gpu_scaling_full": "Training in full from files on one GPU and on two, by FSDP2 and ZeRO-3; memory of each GPU.",
+    "gpu_out_of_memory": "Two GPUs run out of memory and go on by themselves, beside a training that has enough.",
     "gpu_semantic": "Semantic pairs on one GPU, beside those found without it.",
 }
 
@@ -65,16 +66,13 @@ def page() -> str:
 
 
 def section(name: str, about: str, result: dict[str, Any]) -> str:
-    """Return one result as a Markdown section with a table of its figures."""
+    """Return one result as a Markdown section: a table of its figures, one of each list of rows, one of the rest."""
     meta = {"details", "command", "device", "date", "commit", "python", "versions"}
-    tables = {key: value for key, value in result.items() if isinstance(value, list)}
-    figures = {key: value for key, value in result.items() if key not in meta | tables.keys()}
+    everything = {**{key: value for key, value in result.items() if key not in meta}, **result["details"]}
+    tables = {key: rows for key, value in everything.items() if (rows := rows_of(key, value))}
+    figures = [f"| {key} | {show(result[key])} |" for key in result if key not in meta | tables.keys()]
+    details = [f"| {key} | {show(value)} |" for key, value in result["details"].items() if key not in tables]
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    rows = [
-        f"| {key} | {value:,.4g} |" if isinstance(value, float) else f"| {key} | {value} |"
-        for key, value in figures.items()
-    ]
-    details = [f"| {key} | {show(value)} |" for key, value in result["details"].items()]
     return "\n".join(
         [
             f"## {name}",
@@ -83,7 +81,7 @@ def section(name: str, about: str, result: dict[str, Any]) -> str:
             "",
             "| figure | value |",
             "|:--|--:|",
-            *rows,
+            *figures,
             "",
             *(line for table in tables.values() for line in [*many(table), ""]),
             *(["| detail | |", "|:--|:--|", *details, ""] if details else []),
@@ -94,6 +92,13 @@ def section(name: str, about: str, result: dict[str, Any]) -> str:
     )
 
 
+def rows_of(name: str, value: Any) -> list[dict[str, Any]]:
+    """Return a list of rows, or a row for each key of rows by key; nothing for any other value."""
+    if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
+        return [{name: key, **row} for key, row in value.items()]
+    return value if isinstance(value, list) and all(isinstance(row, dict) for row in value) else []
+
+
 def many(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with a line for each row."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -102,14 +107,18 @@ def many(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def show(value: Any) -> str:
-    """Return a detail as one table cell."""
+    """Return a value as one table cell, numbers with four digits or all that stand before the point."""
     if value is None:
         return ""
     if isinstance(value, dict):
         return "; ".join(f"{key}: {show(inner)}" for key, inner in value.items())
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return str(value)
+    if isinstance(value, list):
+        return ", ".join(map(show, value))
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.4g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.0f}"
+    return str(value).replace("|", "\\|")
 
 
 if __name__ == "__main__":
