@@ -49,7 +49,10 @@ def held_by_each(skeleton: Skeleton, recipe: Recipe) -> Held:
         return _with_zero3(skeleton, recipe.gpus)
     trained = _bytes(skeleton.trained())
     optimizer = sum(optimizer_bytes(weight, recipe.optimizer) for weight in skeleton.trained())
-    return Held(skeleton.weight_bytes(), trained, optimizer, gradients=trained, stepping=trained)
+    copies = trained if recipe.gpus > 1 else 0  # DistributedDataParallel sums gradients in buckets of its own
+    return Held(
+        skeleton.weight_bytes(), trained, optimizer, gradients=trained, stepping=trained + copies, reducing=copies
+    )
 
 
 def _with_fsdp(skeleton: Skeleton, ranks: int) -> Held:
