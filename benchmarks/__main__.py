@@ -24,7 +24,7 @@ BENCHMARKS = {
 ON_REQUEST = {"peers"}
 """Run only when named: it installs gigabytes of other tools."""
 GPU_BENCHMARKS = {
-    "gpu_qlora": "QLoRA from snapshot to merged model on one GPU, with six layers of the 31B's width.",
+    "gpu_qlora": "QLoRA from preflight to merged model on one GPU, with six layers of the 31B's width.",
     "gpu_train": "Fine-tuning random Gemma 4 models from real shards on one GPU: TRL as documented, and ours.",
     "gpu_equal": "Loss and gradients of the fast path and of the plain one on one GPU, in float32 and in bfloat16.",
     "gpu_scaling_lora": "QLoRA of half the 31B's layers on one GPU and on two: whole model on each, and by FSDP2.",

@@ -1,4 +1,4 @@
-"""QLoRA from snapshot to merged model on one GPU, with a random Gemma 4 of the 31B's width and a few of its layers.
+"""QLoRA from preflight to merged model on one GPU, with a random Gemma 4 of the 31B's width and a few of its layers.
 
     python -m benchmarks.gpu.qlora_smoke --layers 6 --steps 20
 
@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from storage.warehouse import Warehouse
 from tasks.adapters.merge import merge
 from tasks.evaluation.generate import evaluate
 from tasks.training.fit import train
+from tasks.training.preflight.step import PreflightFailed, preflight
 from tasks.training.recipe import Recipe
 
 WARM_UP_STEPS = 3
@@ -54,11 +56,12 @@ def figures_of(run: RunRef, warehouse: Warehouse) -> dict[str, float | int | str
         "lora_weights_millions": result["trained_weights"] / 1e6,
         "first_loss": warehouse.read_table(f"{run.folder}/metrics.parquet")["loss"][0].as_py(),
         "last_loss": result["train_loss"],
+        "best_validation_loss": result["validation_loss"],
     }
 
 
 def main() -> None:
-    """Train, evaluate before and after, and merge; print and record the figures."""
+    """Check, train, evaluate before and after, and merge; print and record the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6, help="decoder layers, a multiple of 6; the 31B has 60")
     parser.add_argument("--steps", type=int, default=20)
@@ -78,9 +81,22 @@ def main() -> None:
             max_image_tokens=None if args.tiny else IMAGE_TOKENS,
             max_steps=args.steps,
             batch_size=args.batch,
-            learning_rate=1e-4,
+            save_steps=5,
+            early_stop_patience=3,
             max_new_tokens=16,
         )
+
+        started = time.perf_counter()
+        try:
+            checked = preflight(snapshot, recipe, warehouse=warehouse, on_log=print).ref
+        except PreflightFailed as failed:  # random weights: what they say need not depend on images
+            checked = failed.ref
+        seconds["preflight"] = time.perf_counter() - started
+        findings = warehouse.read_table(checked.table, ["status", "check", "subject", "measured", "wanted"]).to_pylist()
+        for finding in findings:
+            print(*finding.values(), sep=" | ")
+        counts = Counter(finding["status"] for finding in findings)
+        figures["preflight"] = ", ".join(f"{number} {status}" for status, number in counts.items())
 
         started = time.perf_counter()
         evaluate(snapshot, recipe, run=None, warehouse=warehouse, on_log=print)
