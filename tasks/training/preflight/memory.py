@@ -26,6 +26,7 @@ LOADED_WHOLE = (
     "Each GPU loads a 4-bit model whole before they share it: write quantization: none, of which each loads its part "
     "only, or use larger GPUs."
 )
+FILLED = "; with more memory, fewer layers are computed again, and it is used"
 KEPT_FREE = 0.2
 """Share of a device's memory left to activations, where all of a model is to be tried on it."""
 _CGROUP = Path("/sys/fs/cgroup")
@@ -43,11 +44,13 @@ def check_memory(setup: Setup) -> list[Finding]:
     compiled = is_compiled(recipe, shared, int(steps * recipe.accumulation))
     model = MemoryModel(skeleton_of(setup.base.config, recipe), recipe, compiled=compiled)
     share = checkpointed_share(recipe, setup.placement)
-    return [judge(model.estimate(workload, checkpointed_share=share), workload, setup.placement.device)]
+    least = model.estimate(workload, checkpointed_share=share)
+    is_more_used = recipe.checkpointed_share is None and share > 0
+    return [judge(least, workload, setup.placement.device, is_more_used=is_more_used)]
 
 
-def judge(estimate: Estimate, workload: Workload, device: torch.device) -> Finding:
-    """Return whether what is predicted fits a device."""
+def judge(estimate: Estimate, workload: Workload, device: torch.device, *, is_more_used: bool = False) -> Finding:
+    """Return whether what is predicted fits a device; `is_more_used` says that the training takes more if it can."""
     on_gpu = device.type == "cuda"
     total = memory_of(device)
     limit = int(total * (1 - MARGIN))
@@ -56,7 +59,7 @@ def judge(estimate: Estimate, workload: Workload, device: torch.device) -> Findi
         MEMORY,
         f"{workload.batch} samples of {workload.sample_tokens} tokens",
         estimate.peak_bytes <= limit,
-        measured=f"predicted {estimate}",
+        measured=f"predicted {estimate}{FILLED if is_more_used else ''}",
         wanted=f"at most {_gib(limit)} ({1 - MARGIN:.0%} of {_gib(total)} {name})",
         remedy=LOADED_WHOLE if estimate.moment == LOADING else REMEDY,
     )

@@ -68,6 +68,17 @@ def frozen_gib(count: int) -> nn.Module:
     return nn.Linear(2**14, count * 2**15, bias=False, device="meta").requires_grad_(False)
 
 
+def test_what_is_predicted_is_the_least_where_the_training_decides_how_much_to_compute_again(
+    shared_setup: Setup, small_gpu: torch.device
+) -> None:
+    setup = replace(shared_setup, placement=Placement(small_gpu, torch.bfloat16, four_bit=False))
+    [left_to_it] = check_memory(setup)
+    [chosen] = check_memory(replace(setup, recipe=setup.recipe.model_copy(update={"checkpointed_share": 1.0})))
+    assert (
+        left_to_it.measured == chosen.measured + "; with more memory, fewer layers are computed again, and it is used"
+    )
+
+
 def test_without_a_gpu_free_ram_is_the_limit() -> None:
     fits = judged(1, torch.device("cpu"))
     too_much = judged(psutil.virtual_memory().total + 1, torch.device("cpu"))
