@@ -4,6 +4,7 @@ Views only, so the file stays small and never holds data; it is rebuilt after ea
 client can query it at any time, also while flows are writing.
 """
 
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -114,7 +115,7 @@ def _folder_view(warehouse: Warehouse, folder: str, columns: pa.Schema, parts: d
         f"split_part(replace(parse_path(filename)[{at}], '.parquet', ''), '@', 1) AS {name}"
         for name, at in parts.items()
     )
-    files = _quote(warehouse.uri(f"{folder}/*/*.parquet"))
+    files = _files(warehouse, f"{folder}/*/*.parquet")
     return f"SELECT * EXCLUDE (filename), {extra} FROM read_parquet({files}, filename = true)"
 
 
@@ -165,7 +166,7 @@ def _snapshots(manifests: list[Manifest]) -> str:
 def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
     selects = [
         f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, * "
-        f"FROM read_parquet({_quote(warehouse.uri(m.ref.difference))})"
+        f"FROM read_parquet({_files(warehouse, m.ref.difference)})"
         for m in manifests
         if warehouse.exists(m.ref.difference)
     ]
@@ -175,7 +176,7 @@ def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
 def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schema) -> str:
     if not any(warehouse.exists(f"{folder}/{name}/{file}") for name in warehouse.names(folder)):
         return _empty(columns)
-    return f"SELECT * FROM read_parquet({_quote(warehouse.uri(f'{folder}/*/{file}'))}, union_by_name = true)"
+    return f"SELECT * FROM read_parquet({_files(warehouse, f'{folder}/*/{file}')}, union_by_name = true)"
 
 
 def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
@@ -206,7 +207,7 @@ def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
 
 
 def _signal_files(warehouse: Warehouse, ref: SignalRef) -> str:
-    return f"read_parquet({_quote(warehouse.uri(ref.folder + '/*.parquet'))})"
+    return f"read_parquet({_files(warehouse, f'{ref.folder}/*.parquet')})"
 
 
 def _columns(warehouse: Warehouse, ref: SignalRef) -> list[pa.Field]:
@@ -218,7 +219,12 @@ def _columns(warehouse: Warehouse, ref: SignalRef) -> list[pa.Field]:
 
 
 def _file_list(warehouse: Warehouse, entries: tuple[FileEntry, ...]) -> str:
-    return "[" + ", ".join(_quote(warehouse.uri(entry.path)) for entry in entries) + "]"
+    return "[" + ", ".join(_files(warehouse, entry.path) for entry in entries) + "]"
+
+
+def _files(warehouse: Warehouse, path: str) -> str:
+    """Where `path` is, for DuckDB: only wildcards of its own are any, none in the name of the warehouse's folder."""
+    return _quote(re.sub(r"([\[*?])", r"[\1]", warehouse.root) + "/" + path)
 
 
 def _empty(columns: pa.Schema, **extra: str) -> str:

@@ -32,7 +32,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one snapshot decided on the sample: `failed` names all reasons but duplicates, `split` is None if rejected."""
+    """What one snapshot decided; `failed` has all reasons but being a duplicate, `split` is None unless published."""
 
     snapshot: SnapshotRef
     kept: bool
@@ -66,9 +66,10 @@ class Explanation:
 
     def markdown(self) -> str:
         """Return all of it but the image, for a terminal or a Prefect artifact."""
+        where = f"{'pool' if len(self.pools) == 1 else 'pools'} {', '.join(self.pools)}"
         lines = [
             f"# {_cell(self.key)}",
-            f"`{self.sample_id}` in {'pool' if len(self.pools) == 1 else 'pools'} {', '.join(self.pools)}, from {_cell(self.source['path'])} {_cell(self.source['member'])}",
+            f"`{self.sample_id}` in {where}, from {_cell(self.source['path'])} {_cell(self.source['member'])}",
             "",
             f"> {_cell(self.caption)}",
             "",

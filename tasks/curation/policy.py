@@ -45,6 +45,15 @@ def _value(value: Any) -> Any:
     return value
 
 
+def _as_declared(value: Value, declared: Value) -> Value:
+    """A number as the declared one is written, if it can be: forms and numpy give 3.0 for 3, and 3 for 3.0."""
+    if isinstance(value, str):
+        return value
+    if isinstance(declared, int):
+        return int(value) if float(value).is_integer() else float(value)
+    return float(value)
+
+
 def _amount(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"\$[a-z][a-z0-9_]*", value):
         raise ValueError(f"{value!r} is neither a number nor a $parameter")
@@ -296,7 +305,8 @@ class Policy(_Choice):
                     f"{self.origin}: parameter {name} is {self.parameters[name]!r} and can't become {value!r}. "
                     "Give a number for a number, text for text."
                 )
-        content = self.model_dump() | {"parameters": {**self.parameters, **values}}
+        numbers = {name: _as_declared(value, self.parameters[name]) for name, value in values.items()}
+        content = self.model_dump() | {"parameters": {**self.parameters, **numbers}}
         return _validated(content, self.origin, self._origin)
 
     def number(self, value: float | str, what: str) -> float:

@@ -23,9 +23,10 @@ from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
 SWEEP = pa.schema(
     [
         column("value", pa.float64(), "the parameter's value"),
-        column("group", pa.string(), "the samples' value of `by`; null for all samples"),
-        column("samples", pa.int64(), "samples in the group"),
-        column("passing", pa.int64(), "those that pass every condition, before duplicates"),
+        column("group", pa.string(), "the samples' value of `by`, which may be null"),
+        column("of_all", pa.bool_(), "the row is of all samples, not of those with this value"),
+        column("samples", pa.int64(), "samples in the group, or all"),
+        column("passing", pa.int64(), "those that pass every condition, before decontamination, duplicates and limits"),
         column("fails", pa.int64(), "those that fail a condition that uses the parameter"),
         column("fails_alone", pa.int64(), "those that fail no other condition"),
     ]
@@ -42,11 +43,12 @@ def sweep(
     warehouse: Warehouse,
     by: str | None = None,
 ) -> pa.Table:
-    """Return what every value of a policy's parameter would let pass, as rows of `SWEEP`.
+    """Return how many samples would pass the policy's conditions at every value of a parameter, as rows of `SWEEP`.
 
+    Conditions alone are looked at, top fractions among them: what decontamination, duplicates and limits would take
+    of those that pass is not taken off, so more pass than would be kept. `compare` counts what would be kept.
     With `by`, a SQL expression such as `language` or `split_part(url, '/', 3)`, there is a row for each of its values
-    too. Duplicates are not looked at: `compare` does. Raises `PolicyError` if no condition uses the parameter, or a
-    value or `by` does not fit.
+    too. Raises `PolicyError` if no condition uses the parameter, or a value or `by` does not fit.
     """
     columns = find_columns(pool, signals, warehouse=warehouse)
     checked = policy.check(columns.schema)
@@ -66,9 +68,9 @@ def sweep(
         passes = _passes(trial, used, found, pool.rows)
         masks = (np.ones(pool.rows, bool), passes & passes_others, ~passes, ~passes & passes_others)
         counts = [_count(groups, names, mask) for mask in masks]
-        rows += [(float(value), name, *row) for name, *row in zip([None, *names], *counts, strict=True)]
-    by_column = zip(zip(*rows, strict=True), SWEEP, strict=True)
-    return pa.Table.from_arrays([pa.array(column, field.type) for column, field in by_column], schema=SWEEP)
+        of = [(None, True), *((name, False) for name in names)]
+        rows += [(float(value), *row[0], *row[1:]) for row in zip(of, *counts, strict=True)]
+    return pa.Table.from_pylist([dict(zip(SWEEP.names, row, strict=True)) for row in rows], schema=SWEEP)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,17 @@ def test_names_with_quotes_do_not_break_the_views(tmp_path) -> None:
     assert connect(warehouse).execute("SELECT count(*) FROM samples").fetchall() == [(2,)]
 
 
+@pytest.mark.parametrize("folder", ["run [3]", "a*b", "a?b"])
+def test_a_folder_with_wildcards_in_its_name_is_itself_alone(tmp_path, folder: str) -> None:
+    for name in (folder, "axb", "run 3"):
+        fill(Warehouse(str(tmp_path / name)))
+    warehouse = Warehouse(str(tmp_path / folder))
+    write_catalog(warehouse)
+    with connect(warehouse) as catalog:
+        counts = [catalog.execute(f"SELECT count(*) FROM {view}").fetchall()[0][0] for view in VIEWS[:8]]
+    assert counts == [2, 0, 2, 2, 1, 2, 1, 1]
+
+
 def test_a_remote_warehouse_gets_the_views_as_statements(s3_warehouse: Warehouse) -> None:
     fill(s3_warehouse)
     assert write_catalog(s3_warehouse) == "catalog.sql"

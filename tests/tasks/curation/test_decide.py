@@ -102,6 +102,12 @@ def test_a_top_fraction_is_datacomps_over_the_whole_pool_ties_kept(warehouse, fr
     assert kept == {f"s{at:03}" for at in datacomp_fraction(scores, fraction)}
 
 
+def test_a_top_fraction_ranks_by_whole_numbers_beyond_doubles(warehouse):
+    rows = {f"s{at}": {"phash": value} for at, value in enumerate([2**64 - 1, 2**63, 2**53 + 1, 7])}
+    top = {"half": {"top_fraction": 0.25, "of": "phash"}}
+    assert kept(run(warehouse, [rows], policy(conditions=top))) == {"s0", "s1"}
+
+
 def test_a_top_fraction_counts_null_scores_in_the_pool_but_never_keeps_them(warehouse):
     rows = {"a": {"clip_score": 0.4}, "b": {"clip_score": 0.3}, "c": {"clip_score": None}, "d": {"clip_score": None}}
     # int(4 · 0.25) = 1: the second best is the threshold; with the two nulls left out it would be the best

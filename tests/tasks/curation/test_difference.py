@@ -21,18 +21,28 @@ def warehouse(tmp_path: Path) -> Warehouse:
     return Warehouse(str(tmp_path))
 
 
-def curate(warehouse, *shards, least=0.2, pairs=(), conditions=None) -> SnapshotRef:
+def curate(
+    warehouse,
+    *shards,
+    least=0.2,
+    pairs=(),
+    conditions=None,
+    prefer=("clip_score desc",),
+    parameters=None,
+    fingerprint="1",
+) -> SnapshotRef:
     policy = Policy.model_validate(
         {
             "name": "p",
-            "parameters": {"least": least},
+            "parameters": {"least": least, **(parameters or {})},
             "conditions": {"clip": "clip_score >= $least", **(conditions or {})},
             "duplicates": {"exact": ["bytes"]},
-            "prefer": ["clip_score desc"],
+            "prefer": prefer,
         }
     )
     pool = write_pool(warehouse, *shards)
-    signals = write_signals(warehouse, pool, {sample: row for shard in shards for sample, row in shard.items()})
+    rows = {sample: row for shard in shards for sample, row in shard.items()}
+    signals = write_signals(warehouse, pool, rows, fingerprint_=fingerprint)
     evidence = [write_pairs(warehouse, "bytes", [(*pair, 0) for pair in pairs])]
     decisions = decide(pool, policy, signals, evidence, warehouse=warehouse).ref
     return publish("set", pool, decisions, policy, signals, evidence, warehouse=warehouse).ref
@@ -84,6 +94,22 @@ def test_a_duplicate_comes_back_when_its_survivor_is_rejected(warehouse):
         "a": ("removed", "condition", "side: newly asked (width >= 200)"),
         "b": ("added", "duplicate", "exact: its survivor was removed"),
     }
+
+
+def test_another_preference_is_named_as_the_reason(warehouse):
+    shard = {"a": {"clip_score": 0.5, "width": 300}, "b": {"width": 400}}
+    curate(warehouse, shard, pairs=[("a", "b")])
+    second = curate(warehouse, shard, pairs=[("a", "b")], prefer=["width desc"])
+    because = "exact: prefer clip_score desc became width desc"
+    assert changes(warehouse, second)["a"] == ("removed", "duplicate", because)
+
+
+def test_a_parameter_whose_name_begins_like_anothers_is_not_taken_for_it(warehouse):
+    shard, worse = {"a": {"width": 300}}, {"a": {"width": 100}}
+    side = {"side": "width >= $least_side", "words": "caption_words >= $least"}
+    curate(warehouse, shard, least=0.2, conditions=side, parameters={"least_side": 200})
+    second = curate(warehouse, worse, least=0.3, conditions=side, parameters={"least_side": 200}, fingerprint="2")
+    assert changes(warehouse, second)["a"][2].endswith("measured anew")
 
 
 def test_samples_whose_shard_left_the_pool_are_said_to_have_left(warehouse):
