@@ -64,6 +64,15 @@ def test_null_and_nan_fail(warehouse):
     }
 
 
+@pytest.mark.parametrize(
+    "sql", ["0 * width / height >= 0.5", "width / height > 0.5", "width // height = 1", "width % height < 9"]
+)
+def test_a_division_by_zero_fails_as_null_does(warehouse, sql):
+    rows = {"zero": {"width": 3, "height": 0}}
+    decisions, _ = run(warehouse, [rows], policy(conditions={"ratio": sql}))
+    assert decisions["zero"]["failed"] == ["ratio"]
+
+
 def test_columns_of_the_sample_itself_can_be_used(warehouse):
     decisions, _ = run(
         warehouse,
