@@ -191,7 +191,8 @@ def test_a_time_is_the_same_wherever_the_machine_stands(zone):
         rows = pa.table({"taken": ["2024-01-01 23:30:00 +0000"]})
         at = "try_strptime(taken, '%Y-%m-%d %H:%M:%S %z')"
         with locked_connection() as connection:
-            wanted = check_expression(connection, f"day({at}) || concat({at})", what="c", columns=rows.schema, parameters={})
+            sql = f"day({at}) || concat({at})"
+            wanted = check_expression(connection, sql, what="c", columns=rows.schema, parameters={})
             print(evaluate(connection, [wanted], rows, parameters={})["c0"][0])
     """
     environment = {**os.environ, "TZ": zone}
