@@ -83,11 +83,13 @@ class _Because:
         self._otherwise = f"{', '.join(anew)} measured anew" if anew else "the rest of the pool changed"
         preferred, prefers = (_with_values(", ".join(p.get("prefer", ())), p) for p in (before, after))
         self._taken = self._otherwise if preferred == prefers else f"prefer {preferred} became {prefers}"
-        limits = (limit["name"] for limit in after.get("limits", ()))
-        held_out = {SPLIT_CONFLICT: "its duplicates were held out"}
-        self._conditions = {**held_out, **_changed_entries(before, after, "conditions")}
-        self._conditions |= dict.fromkeys(limits, self._taken)
-        for kind in ("decontaminate", "limits"):
+        copied = self._otherwise if anew else "the evaluation sets changed"
+        self._conditions = {
+            SPLIT_CONFLICT: "its duplicates were held out",
+            **dict.fromkeys(_texts(after, "decontaminate"), copied),
+            **dict.fromkeys(_texts(after, "limits"), self._taken),
+        }
+        for kind in ("conditions", "decontaminate", "limits"):
             self._conditions |= _changed_entries(before, after, kind)
         self._rules = _changed_entries(before, after, "duplicates")
 

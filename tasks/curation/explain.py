@@ -166,11 +166,12 @@ def _judgements(
     with locked_connection() as connection:
         for condition, expression in zip(policy.conditions, checked.conditions, strict=True):
             values = {name: row[name][0].as_py() for name in sorted(expression.columns)}
-            sql = expression.sql
+            sql, used = expression.sql, set(expression.parameters)
             if isinstance(condition, TopFraction):
                 rank = evaluate(connection, [expression], row, parameters=policy.parameters)["c0"][0].as_py()
                 sql, values = f"top {condition.top_fraction} by {condition.of}", {condition.of: rank}
-            parameters = {f"${name}": policy.parameters[name] for name in sorted(expression.parameters)}
+                used |= {str(condition.top_fraction).removeprefix("$")} & policy.parameters.keys()
+            parameters = {f"${name}": policy.parameters[name] for name in sorted(used)}
             yield Judgement(condition.name, sql, values | parameters, condition.name not in failed)
 
 

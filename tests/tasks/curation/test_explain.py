@@ -82,6 +82,13 @@ def test_a_duplicate_names_its_survivor_and_the_pair_behind_it(warehouse):
     assert "## set@2: rejected: duplicate of `a` (exact, distance 0)" in found.markdown()
 
 
+def test_a_top_fraction_given_by_a_parameter_shows_its_value(tmp_path):
+    best = {"best": {"top_fraction": "$share", "of": "clip_score"}}
+    warehouse, _ = curated(tmp_path, {"pool": SAMPLES}, conditions=best, parameters={"share": 0.5})
+    [verdict] = explain("a", warehouse=warehouse).verdicts
+    assert verdict.judgements[0].values == {"clip_score": pytest.approx(0.9), "$share": 0.5}
+
+
 def test_a_sample_that_a_limit_leaves_out_names_the_limit(tmp_path):
     warehouse, (pool,) = curated(tmp_path, {"pool": SAMPLES}, limits={"one": {"cap_per": "language", "at_most": 1}})
     assert pool.rows == 3
