@@ -19,6 +19,9 @@ from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import evaluate, locked_connection
 from tasks.curation.policy import Policy, TopFraction
 
+SHOWN_CHARACTERS = 1_000
+"""Of a text, in Markdown: an artifact takes no caption of megabytes."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -206,4 +209,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = " ".join(str("" if value is None else value).split())
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -240,7 +240,7 @@ class Policy(_Choice):
         description="who survives: SQL with asc or desc, or hard, easy or random; the first that differs decides, "
         "NULL loses",
     )
-    limits: tuple[AnyLimit, ...] = Field(default=(), description="what is left out last, in order")
+    limits: tuple[AnyLimit, ...] = Field(default=(), description="what is left out last, in order", max_length=64)
     splits: Splits = Field(default_factory=Splits, description="what is held out")
     _origin: str | None = PrivateAttr(default=None)
 

@@ -32,6 +32,9 @@ SWEEP = pa.schema(
     ]
 )
 
+SHOWN_GROUPS = 50
+"""Groups in Markdown: there may be as many as hosts in a pool, and an artifact takes no megabytes."""
+
 
 def sweep(
     pool: PoolRef,
@@ -79,7 +82,7 @@ class Comparison:
 
     `only_a` and `only_b` map the reasons that the other policy gives to the number of samples it rejects for them;
     `overlap_a` and `overlap_b` map a pair of conditions to the samples that fail both, of equal names to those that
-    fail this one alone; `groups` are rows of (group, samples, kept by a, kept by b).
+    fail this one alone; `groups` are rows of (group, samples, kept by a, kept by b), largest first.
     """
 
     samples: int
@@ -101,7 +104,7 @@ class Comparison:
         return self.both + sum(self.only_b.values())
 
     def markdown(self) -> str:
-        """Return the comparison as Markdown tables."""
+        """Return the comparison as Markdown tables, with the largest groups."""
         lines = [
             f"a keeps {self.kept_a:,}, b keeps {self.kept_b:,}, both {self.both:,} of {self.samples:,} samples.",
             "",
@@ -114,8 +117,12 @@ class Comparison:
             lines += ["| group | samples | kept by a | kept by b |", "|:--|--:|--:|--:|"]
             lines += [
                 f"| {cell('unknown' if name is None else name)} | {samples:,} | {a:,} | {b:,} |"
-                for name, samples, a, b in self.groups
+                for name, samples, a, b in self.groups[:SHOWN_GROUPS]
             ]
+            rest = self.groups[SHOWN_GROUPS:]
+            if rest:
+                samples, a, b = (sum(counts) for counts in list(zip(*rest, strict=True))[1:])
+                lines.append(f"| {len(rest):,} more | {samples:,} | {a:,} | {b:,} |")
         return "\n".join(lines) + "\n"
 
 

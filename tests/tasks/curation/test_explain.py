@@ -82,6 +82,15 @@ def test_a_duplicate_names_its_survivor_and_the_pair_behind_it(warehouse):
     assert "## set@2: rejected: duplicate of `a` (exact, distance 0)" in found.markdown()
 
 
+def test_a_megabyte_of_caption_is_shown_by_its_beginning(tmp_path):
+    caption = "dog " * 300_000
+    warehouse, _ = curated(tmp_path, {"pool": {"a": {"caption": caption}}}, conditions={"long": "length(caption) > 1"})
+    found = explain("a", warehouse=warehouse)
+    assert found.caption == caption
+    assert len(found.markdown()) < 10_000
+    assert "… (1,199,999 characters)" in found.markdown()
+
+
 def test_a_top_fraction_given_by_a_parameter_shows_its_value(tmp_path):
     best = {"best": {"top_fraction": "$share", "of": "clip_score"}}
     warehouse, _ = curated(tmp_path, {"pool": SAMPLES}, conditions=best, parameters={"share": 0.5})

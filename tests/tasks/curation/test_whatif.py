@@ -73,6 +73,16 @@ def test_a_sweep_says_what_deciding_with_each_value_would(evidence, parameter, v
         assert (row["fails"], row["fails_alone"]) == (condition.fails, condition.fails_alone)
 
 
+def test_a_comparison_shows_the_largest_of_many_groups_and_keeps_all(evidence):
+    warehouse, pool, signals, _ = evidence
+    compared = compare(
+        pool, POLICY, POLICY, signals, [write_pairs(warehouse, "bytes", [])], warehouse=warehouse, by="key"
+    )
+    assert len(compared.groups) == 120
+    assert compared.markdown().count("| key-s") == 50
+    assert "| 70 more | 70 |" in compared.markdown()
+
+
 def test_a_sweep_tells_the_samples_without_a_group_from_all(evidence):
     warehouse, pool, signals, _ = evidence
     rows = sweep(pool, POLICY, "side_min", [250], signals, warehouse=warehouse, by="nullif(language, 'en')").to_pylist()
