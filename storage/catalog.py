@@ -6,6 +6,7 @@ client can query it at any time, also while flows are writing.
 
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from storage import schema
 from storage.record import read_record
 from storage.refs import SignalRef, SnapshotRef
 from storage.snapshot import FileEntry, Manifest, datasets, numbers, read_manifest
-from storage.warehouse import Warehouse
+from storage.warehouse import Warehouse, WarehouseError
 
 FILE = "catalog.duckdb"
 SQL_FILE = "catalog.sql"
@@ -35,8 +36,7 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     if not warehouse.is_local:
         connection.register_filesystem(warehouse.remote)
-    for statement in view_statements(warehouse):
-        connection.execute(statement)
+    _with_views(warehouse, lambda statements: _execute(connection, statements))
     return connection
 
 
@@ -46,26 +46,23 @@ def write_catalog(warehouse: Warehouse) -> str:
     Locally `catalog.duckdb`, which `duckdb -readonly catalog.duckdb` opens; on a remote warehouse `catalog.sql`,
     the same views as statements.
     """
-    statements = view_statements(warehouse)
-    while True:
+
+    def write(statements: list[str]) -> None:
         if warehouse.is_local:
             with tempfile.TemporaryDirectory(prefix="tamis-") as folder:
                 _write_database(Path(folder, FILE), statements)
                 warehouse.replace_bytes(FILE, Path(folder, FILE).read_bytes())
         else:
             warehouse.replace_bytes(SQL_FILE, (";\n".join(statements) + ";\n").encode())
-        written, statements = statements, view_statements(warehouse)
-        if statements == written:  # else a commit came between: its views must not get lost
-            return FILE if warehouse.is_local else SQL_FILE
+
+    while _with_views(warehouse, write) != view_statements(warehouse):
+        pass  # a commit came between: its views must not get lost
+    return FILE if warehouse.is_local else SQL_FILE
 
 
 def view_statements(warehouse: Warehouse) -> list[str]:
     """Return the `CREATE VIEW` statements of the catalog, in the order they depend on each other."""
-    manifests = [
-        read_manifest(warehouse, SnapshotRef(name, number))
-        for name in datasets(warehouse)
-        for number in numbers(warehouse, name)
-    ]
+    manifests = list(_manifests(warehouse))
     newest = {manifest.dataset: manifest for manifest in manifests}.values()
     views = {
         "samples": _folder_view(warehouse, "pools", schema.SAMPLES, {"pool": -2, "shard": -1}),
@@ -101,6 +98,29 @@ def current_signals(warehouse: Warehouse) -> list[SignalRef]:
         if record is not None:
             newest[name] = max(newest.get(name, ("", "")), (record.created_at, fingerprint))
     return [SignalRef(name, newest[name][1]) for name in sorted(newest)]
+
+
+def _with_views(warehouse: Warehouse, use: Callable[[list[str]], None]) -> list[str]:
+    """Call `use` with the statements and return them; call it again where files they name expired meanwhile."""
+    statements = view_statements(warehouse)
+    while True:
+        try:
+            use(statements)
+            return statements
+        except (duckdb.Error, OSError):
+            tried, statements = statements, view_statements(warehouse)
+            if statements == tried:
+                raise
+
+
+def _manifests(warehouse: Warehouse) -> Iterator[Manifest]:
+    for name in datasets(warehouse):
+        for number in numbers(warehouse, name):
+            try:
+                yield read_manifest(warehouse, SnapshotRef(name, number))
+            except WarehouseError:
+                if number in numbers(warehouse, name):  # else it expired after it was listed
+                    raise
 
 
 # -- the views --------------------------------------------------------------------------------------------
@@ -258,5 +278,9 @@ def _write_database(path: Path, statements: list[str]) -> None:
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {_quote(str(path))} AS catalog (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE catalog")
-        for statement in statements:
-            connection.execute(statement)
+        _execute(connection, statements)
+
+
+def _execute(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
+    for statement in statements:
+        connection.execute(statement)

@@ -80,7 +80,7 @@ class _Choice(BaseModel):
 
 
 class Condition(_Choice):
-    """A named SQL expression that is true for samples to keep; NULL, as from an unreadable image, fails."""
+    """A named SQL expression that is true for samples to keep; NULL fails, as from an unreadable image or 1 / 0."""
 
     name: Name = Field(description="the reason given for samples that fail it")
     sql: str = Field(description="SQL over the columns of one row and $parameters, true to pass", min_length=1)

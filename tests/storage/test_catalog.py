@@ -7,10 +7,10 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from storage import schema
+from storage import catalog, schema
 from storage.catalog import FILE, connect, write_catalog
 from storage.record import Record, write_record
-from storage.refs import RunRef
+from storage.refs import RunRef, SnapshotRef
 from storage.snapshot import Draft, FileEntry, commit
 from storage.warehouse import Warehouse
 
@@ -137,6 +137,43 @@ def test_the_file_opens_read_only_elsewhere_while_it_is_rebuilt(tmp_path) -> Non
         assert child.communicate("\n")[0] == "[(1,)]\n"
     with duckdb.connect(str(tmp_path / FILE), read_only=True) as catalog:
         assert catalog.execute("SELECT count(*) FROM curated").fetchall() == [(0,)]
+
+
+@pytest.fixture
+def superseded(tmp_path) -> tuple[Warehouse, SnapshotRef]:
+    """A warehouse, and the older of its two snapshots."""
+    warehouse = Warehouse(str(tmp_path))
+    fill(warehouse)
+    commit(warehouse, "d", lambda parent: replace(DRAFT, counts={"kept": 0}))
+    old = SnapshotRef("d", 1)
+    warehouse.write_table(old.difference, schema.DIFFERENCE.empty_table())
+    return warehouse, old
+
+
+@pytest.mark.parametrize("use", [connect, write_catalog])
+def test_files_that_expire_while_the_catalog_is_made_are_left_out(superseded, monkeypatch, use) -> None:
+    warehouse, old = superseded
+    real = catalog.view_statements
+
+    def then_expire(warehouse: Warehouse) -> list[str]:
+        statements = real(warehouse)
+        for path in (old.manifest, old.difference):
+            warehouse.remove(path)
+        return statements
+
+    monkeypatch.setattr(catalog, "view_statements", then_expire)
+    use(warehouse)
+    with connect(warehouse) as views:
+        assert views.execute("SELECT snapshot FROM snapshots").fetchall() == [(2,)]
+
+
+def test_a_snapshot_that_expires_after_it_was_listed_is_left_out(superseded, monkeypatch) -> None:
+    warehouse, old = superseded
+    warehouse.remove(old.manifest)
+    listings = iter([[1, 2], [2]])
+    monkeypatch.setattr(catalog, "numbers", lambda *_: next(listings))
+    with connect(warehouse) as views:
+        assert views.execute("SELECT snapshot FROM snapshots").fetchall() == [(2,)]
 
 
 def test_names_with_quotes_do_not_break_the_views(tmp_path) -> None:
