@@ -4,7 +4,9 @@ Views only, so the file stays small and never holds data; it is rebuilt after ea
 client can query it at any time, also while flows are writing.
 """
 
+import re
 import tempfile
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from storage import schema
 from storage.record import read_record
 from storage.refs import SignalRef, SnapshotRef
 from storage.snapshot import FileEntry, Manifest, datasets, numbers, read_manifest
-from storage.warehouse import Warehouse
+from storage.warehouse import Warehouse, WarehouseError
 
 FILE = "catalog.duckdb"
 SQL_FILE = "catalog.sql"
@@ -34,8 +36,7 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect()
     if not warehouse.is_local:
         connection.register_filesystem(warehouse.remote)
-    for statement in view_statements(warehouse):
-        connection.execute(statement)
+    _with_views(warehouse, lambda statements: _execute(connection, statements))
     return connection
 
 
@@ -45,26 +46,23 @@ def write_catalog(warehouse: Warehouse) -> str:
     Locally `catalog.duckdb`, which `duckdb -readonly catalog.duckdb` opens; on a remote warehouse `catalog.sql`,
     the same views as statements.
     """
-    statements = view_statements(warehouse)
-    while True:
+
+    def write(statements: list[str]) -> None:
         if warehouse.is_local:
             with tempfile.TemporaryDirectory(prefix="tamis-") as folder:
                 _write_database(Path(folder, FILE), statements)
                 warehouse.replace_bytes(FILE, Path(folder, FILE).read_bytes())
         else:
             warehouse.replace_bytes(SQL_FILE, (";\n".join(statements) + ";\n").encode())
-        written, statements = statements, view_statements(warehouse)
-        if statements == written:  # else a commit came between: its views must not get lost
-            return FILE if warehouse.is_local else SQL_FILE
+
+    while _with_views(warehouse, write) != view_statements(warehouse):
+        pass  # a commit came between: its views must not get lost
+    return FILE if warehouse.is_local else SQL_FILE
 
 
 def view_statements(warehouse: Warehouse) -> list[str]:
     """Return the `CREATE VIEW` statements of the catalog, in the order they depend on each other."""
-    manifests = [
-        read_manifest(warehouse, SnapshotRef(name, number))
-        for name in datasets(warehouse)
-        for number in numbers(warehouse, name)
-    ]
+    manifests = list(_manifests(warehouse))
     newest = {manifest.dataset: manifest for manifest in manifests}.values()
     views = {
         "samples": _folder_view(warehouse, "pools", schema.SAMPLES, {"pool": -2, "shard": -1}),
@@ -102,6 +100,29 @@ def current_signals(warehouse: Warehouse) -> list[SignalRef]:
     return [SignalRef(name, newest[name][1]) for name in sorted(newest)]
 
 
+def _with_views(warehouse: Warehouse, use: Callable[[list[str]], None]) -> list[str]:
+    """Call `use` with the statements and return them; call it again where files they name expired meanwhile."""
+    statements = view_statements(warehouse)
+    while True:
+        try:
+            use(statements)
+            return statements
+        except (duckdb.Error, OSError):
+            tried, statements = statements, view_statements(warehouse)
+            if statements == tried:
+                raise
+
+
+def _manifests(warehouse: Warehouse) -> Iterator[Manifest]:
+    for name in datasets(warehouse):
+        for number in numbers(warehouse, name):
+            try:
+                yield read_manifest(warehouse, SnapshotRef(name, number))
+            except WarehouseError:
+                if number in numbers(warehouse, name):  # else it expired after it was listed
+                    raise
+
+
 # -- the views --------------------------------------------------------------------------------------------
 
 
@@ -114,7 +135,7 @@ def _folder_view(warehouse: Warehouse, folder: str, columns: pa.Schema, parts: d
         f"split_part(replace(parse_path(filename)[{at}], '.parquet', ''), '@', 1) AS {name}"
         for name, at in parts.items()
     )
-    files = _quote(warehouse.uri(f"{folder}/*/*.parquet"))
+    files = _files(warehouse, f"{folder}/*/*.parquet")
     return f"SELECT * EXCLUDE (filename), {extra} FROM read_parquet({files}, filename = true)"
 
 
@@ -165,7 +186,7 @@ def _snapshots(manifests: list[Manifest]) -> str:
 def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
     selects = [
         f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, * "
-        f"FROM read_parquet({_quote(warehouse.uri(m.ref.difference))})"
+        f"FROM read_parquet({_files(warehouse, m.ref.difference)})"
         for m in manifests
         if warehouse.exists(m.ref.difference)
     ]
@@ -175,7 +196,7 @@ def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
 def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schema) -> str:
     if not any(warehouse.exists(f"{folder}/{name}/{file}") for name in warehouse.names(folder)):
         return _empty(columns)
-    return f"SELECT * FROM read_parquet({_quote(warehouse.uri(f'{folder}/*/{file}'))}, union_by_name = true)"
+    return f"SELECT * FROM read_parquet({_files(warehouse, f'{folder}/*/{file}')}, union_by_name = true)"
 
 
 def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
@@ -206,7 +227,7 @@ def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
 
 
 def _signal_files(warehouse: Warehouse, ref: SignalRef) -> str:
-    return f"read_parquet({_quote(warehouse.uri(ref.folder + '/*.parquet'))})"
+    return f"read_parquet({_files(warehouse, f'{ref.folder}/*.parquet')})"
 
 
 def _columns(warehouse: Warehouse, ref: SignalRef) -> list[pa.Field]:
@@ -218,7 +239,12 @@ def _columns(warehouse: Warehouse, ref: SignalRef) -> list[pa.Field]:
 
 
 def _file_list(warehouse: Warehouse, entries: tuple[FileEntry, ...]) -> str:
-    return "[" + ", ".join(_quote(warehouse.uri(entry.path)) for entry in entries) + "]"
+    return "[" + ", ".join(_files(warehouse, entry.path) for entry in entries) + "]"
+
+
+def _files(warehouse: Warehouse, path: str) -> str:
+    """Where `path` is, for DuckDB: only wildcards of its own are any, none in the name of the warehouse's folder."""
+    return _quote(re.sub(r"([\[*?])", r"[\1]", warehouse.root) + "/" + path)
 
 
 def _empty(columns: pa.Schema, **extra: str) -> str:
@@ -252,5 +278,9 @@ def _write_database(path: Path, statements: list[str]) -> None:
     with duckdb.connect() as connection:
         connection.execute(f"ATTACH {_quote(str(path))} AS catalog (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE catalog")
-        for statement in statements:
-            connection.execute(statement)
+        _execute(connection, statements)
+
+
+def _execute(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
+    for statement in statements:
+        connection.execute(statement)

@@ -3,7 +3,7 @@
 What is left reads exactly as before. Samples, signals and pairs are evidence and stay: the next snapshot needs them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from storage.catalog import write_catalog
@@ -29,6 +29,7 @@ class Expired:
 def expire(warehouse: Warehouse, dataset: str, *, keep: int, dry_run: bool = False) -> Expired:
     """Remove all snapshots of a dataset but the latest `keep` and those that a run or an evaluation names.
 
+    What one of these was made after stays too until the two have been compared.
     Manifests go first, so a snapshot is either whole or not there; what a killed expiry or publish left behind goes
     with the next one. Waits for publishing under way on this machine; on a remote warehouse nobody else may publish
     the same dataset meanwhile. With `dry_run` nothing is removed. Raises `WarehouseError` unless `keep` is at least 1
@@ -41,6 +42,7 @@ def expire(warehouse: Warehouse, dataset: str, *, keep: int, dry_run: bool = Fal
         if not known:
             raise WarehouseError(f"{warehouse.root}: dataset {dataset!r} has no snapshot, so none can expire.")
         needed = {*known[-keep:], *_used(warehouse, dataset)}.intersection(known)
+        needed |= {*_uncompared(warehouse, dataset, needed)}.intersection(known)
         old = tuple(number for number in known if number not in needed)
         named = {path for number in needed for path in _files(warehouse, SnapshotRef(dataset, number))}
         folders = [f"snapshots/{dataset}/{name}" for name in FOLDERS]
@@ -64,6 +66,14 @@ def _used(warehouse: Warehouse, dataset: str) -> Iterator[int]:
                 [row] = warehouse.read_table(path, ["dataset", "snapshot"]).to_pylist()
                 if row["dataset"] == dataset:
                     yield row["snapshot"]
+
+
+def _uncompared(warehouse: Warehouse, dataset: str, snapshots: Iterable[int]) -> Iterator[int]:
+    """Numbers of the parents that snapshots are still to be compared with; those of documents never are."""
+    for number in snapshots:
+        manifest = read_manifest(warehouse, SnapshotRef(dataset, number))
+        if manifest.parent and manifest.decisions and not warehouse.exists(manifest.ref.difference):
+            yield manifest.parent
 
 
 def _files(warehouse: Warehouse, snapshot: SnapshotRef) -> Iterator[str]:

@@ -77,15 +77,22 @@ class PolicyError(ValueError):
 
 @contextmanager
 def locked_connection() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Give an in-memory DuckDB that reaches no file, extension or Python variable and whose settings are fixed."""
+    """Give an in-memory DuckDB that reaches no file, extension or Python variable and whose settings are fixed.
+
+    Its time zone is UTC on every machine. Dividing by zero gives NULL, and what has no value, such as the root of a
+    negative number, is an error: DuckDB's own NaN would pass `>= 0.5`, as the largest of all numbers.
+    """
     config: dict[str, str | bool | int | float | list[str]] = {
         "enable_external_access": False,
         "autoinstall_known_extensions": False,
         "autoload_known_extensions": False,
         "python_enable_replacements": False,
-        "lock_configuration": True,
+        "ieee_floating_point_ops": False,
+        "error_on_division_by_zero": False,
     }
     with duckdb.connect(":memory:", config=config) as connection:
+        connection.execute("SET GLOBAL TimeZone = 'UTC'")
+        connection.execute("SET lock_configuration = true")
         yield connection
 
 

@@ -22,7 +22,7 @@ from tasks.curation.judge import Judge, Verdicts, failed_names
 from tasks.curation.parallel import in_order
 from tasks.curation.policy import Balance, CapPer, Condition, Decontamination, DuplicateRule, Policy, TopFraction
 
-VERSION = 1
+VERSION = 2
 WRITERS = 8
 """Shards written at once: enough to hide an object store's delay, few enough to hold in memory."""
 

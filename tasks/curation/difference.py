@@ -4,6 +4,7 @@ Both snapshots carry all reasons for every sample, so the difference is a join; 
 condition changed, and the signals' fingerprints whether a measurement did.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -80,9 +81,15 @@ class _Because:
         measured = old.signals if old else {}
         anew = [name for name, fingerprint in new.signals.items() if measured.get(name) != fingerprint]
         self._otherwise = f"{', '.join(anew)} measured anew" if anew else "the rest of the pool changed"
-        held_out = {SPLIT_CONFLICT: "its duplicates were held out"}
-        self._conditions = {**held_out, **_changed_entries(before, after, "conditions")}
-        for kind in ("decontaminate", "limits"):
+        preferred, prefers = (_with_values(", ".join(p.get("prefer", ())), p) for p in (before, after))
+        self._taken = self._otherwise if preferred == prefers else f"prefer {preferred} became {prefers}"
+        copied = self._otherwise if anew else "the evaluation sets changed"
+        self._conditions = {
+            SPLIT_CONFLICT: "its duplicates were held out",
+            **dict.fromkeys(_texts(after, "decontaminate"), copied),
+            **dict.fromkeys(_texts(after, "limits"), self._taken),
+        }
+        for kind in ("conditions", "decontaminate", "limits"):
             self._conditions |= _changed_entries(before, after, kind)
         self._rules = _changed_entries(before, after, "duplicates")
 
@@ -99,7 +106,7 @@ class _Because:
             return "its survivor is new"
         if row["survivor_is_out"]:
             return "its survivor was removed"
-        return self._rules.get(row["duplicate_rule"], self._otherwise)
+        return self._rules.get(row["duplicate_rule"], self._taken)
 
 
 def _changed_entries(before: Mapping[str, Any], after: Mapping[str, Any], kind: str) -> dict[str, str]:
@@ -112,13 +119,16 @@ def _changed_entries(before: Mapping[str, Any], after: Mapping[str, Any], kind: 
 
 def _texts(policy: Mapping[str, Any], kind: str) -> dict[str, str]:
     """Each entry by name, as text with the parameters' values that it refers to."""
-    parameters: Mapping[str, Any] = policy.get("parameters", {})
     texts = {}
     for entry in policy.get(kind, ()):
         text = ", ".join(str(v) if key == "sql" else f"{key} {v}" for key, v in entry.items() if key != "name")
-        used = {name: value for name, value in parameters.items() if f"${name}" in text}
-        texts[entry["name"]] = text + "".join(f", ${name} = {value}" for name, value in used.items())
+        texts[entry["name"]] = _with_values(text, policy)
     return texts
+
+
+def _with_values(text: str, policy: Mapping[str, Any]) -> str:
+    used = {name: value for name, value in policy.get("parameters", {}).items() if re.search(rf"\${name}\b", text)}
+    return text + "".join(f", ${name} = {value}" for name, value in used.items())
 
 
 def _decisions(entries: Iterable[FileEntry], warehouse: Warehouse) -> pa.Table:

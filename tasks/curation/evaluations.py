@@ -123,7 +123,8 @@ def passes_condition(values: pa.ChunkedArray, fraction: float | None) -> NDArray
     """Return which samples pass, by a condition's values or, with a share of all, by the numbers to rank by."""
     if fraction is None:
         return np.asarray(pc.fill_null(values, False))
-    return _in_top(np.asarray(values.cast(pa.float64()), np.float64), fraction)
+    # unsafe, as no double is equal to some 64-bit integers, such as hashes: the nearest one ranks as well
+    return _in_top(np.asarray(values.cast(pa.float64(), safe=False), np.float64), fraction)
 
 
 def _in_top(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:

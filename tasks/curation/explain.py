@@ -4,7 +4,7 @@ A snapshot's conditions are evaluated again on the measurements that snapshot wa
 beside the thresholds they met.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import evaluate, locked_connection
 from tasks.curation.policy import Policy, TopFraction
 
+SHOWN_CHARACTERS = 1_000
+"""Of a text, in Markdown: an artifact takes no caption of megabytes."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -32,10 +35,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one snapshot decided on the sample; `split` is None unless it was published."""
+    """What one snapshot decided; `failed` has all reasons but being a duplicate, `split` is None unless published."""
 
     snapshot: SnapshotRef
     kept: bool
+    failed: tuple[str, ...]
     split: str | None
     judgements: tuple[Judgement, ...]
     duplicate_of: str | None
@@ -46,11 +50,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A sample with its image, measurements, pairs (kind, other sample's id and key, distance), verdicts and runs."""
+    """A sample with its image, measurements, pairs (kind, other sample's id and key, distance), verdicts and runs.
+
+    A sample may lie in several pools, a shard in each; the verdicts are those of all.
+    """
 
     sample_id: str
-    pool: str
-    shard: str
+    pools: tuple[str, ...]
+    shards: tuple[str, ...]
     key: str
     caption: str | None
     source: dict[str, str | None]
@@ -62,9 +69,10 @@ class Explanation:
 
     def markdown(self) -> str:
         """Return all of it but the image, for a terminal or a Prefect artifact."""
+        where = f"{'pool' if len(self.pools) == 1 else 'pools'} {', '.join(self.pools)}"
         lines = [
             f"# {_cell(self.key)}",
-            f"`{self.sample_id}` in pool {self.pool}, from {_cell(self.source['path'])} {_cell(self.source['member'])}",
+            f"`{self.sample_id}` in {where}, from {_cell(self.source['path'])} {_cell(self.source['member'])}",
             "",
             f"> {_cell(self.caption)}",
             "",
@@ -95,13 +103,13 @@ def explain(sample_id: str, *, warehouse: Warehouse) -> Explanation:
             names = [column[0] for column in found.description]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
-        samples = rows("SELECT * FROM samples WHERE sample_id = $id LIMIT 1")
+        samples = rows("SELECT * FROM samples WHERE sample_id = $id ORDER BY pool, shard")
         if not samples:
             raise EvidenceError(
                 f"{warehouse.root}: no pool holds sample {sample_id!r}. Look it up by its key: "
                 "from samples where key = '…'."
             )
-        [sample] = samples
+        sample = samples[0]
         [measured] = rows("SELECT * FROM signals WHERE sample_id = $id")
         pairs = rows(
             "SELECT DISTINCT kind, other.sample_id AS other, other.key AS key, distance FROM pairs "
@@ -112,31 +120,32 @@ def explain(sample_id: str, *, warehouse: Warehouse) -> Explanation:
         runs = rows("SELECT DISTINCT run_id FROM lineage WHERE sample_id = $id ORDER BY run_id")
     return Explanation(
         sample_id=sample_id,
-        pool=sample["pool"],
-        shard=sample["shard"],
+        pools=tuple(row["pool"] for row in samples),
+        shards=tuple(row["shard"] for row in samples),
         key=sample["key"],
         caption=sample["caption"],
         source=sample["source"],
         image=sample["image"]["bytes"],
         measurements={name: value for name, value in measured.items() if name != "sample_id"},
         pairs=tuple((pair["kind"], pair["other"], pair["key"], pair["distance"]) for pair in pairs),
-        verdicts=tuple(_verdicts(sample_id, sample["shard"], warehouse)),
+        verdicts=tuple(_verdicts(sample_id, {row["shard"] for row in samples}, warehouse)),
         runs=tuple(run["run_id"] for run in runs),
     )
 
 
-def _verdicts(sample_id: str, shard: str, warehouse: Warehouse) -> Iterator[Verdict]:
+def _verdicts(sample_id: str, shards: Collection[str], warehouse: Warehouse) -> Iterator[Verdict]:
     for dataset in datasets(warehouse):
         for number in numbers(warehouse, dataset):
             manifest = read_manifest(warehouse, SnapshotRef(dataset, number))
             for entry in manifest.decisions:
-                if entry.pool_shard == shard:
+                if entry.pool_shard in shards:
                     own = _row(warehouse.read_table(entry.path), sample_id)
-                    judgements = tuple(_judgements(manifest, sample_id, own["failed"], shard, warehouse))
+                    judgements = tuple(_judgements(manifest, sample_id, own["failed"], entry.pool_shard, warehouse))
                     yield Verdict(
                         manifest.ref,
                         own["kept"],
-                        _split(manifest, sample_id, shard, warehouse) if own["kept"] else None,
+                        tuple(own["failed"]),
+                        _split(manifest, sample_id, entry.pool_shard, warehouse) if own["kept"] else None,
                         judgements,
                         own["duplicate_of"],
                         own["duplicate_rule"],
@@ -160,11 +169,12 @@ def _judgements(
     with locked_connection() as connection:
         for condition, expression in zip(policy.conditions, checked.conditions, strict=True):
             values = {name: row[name][0].as_py() for name in sorted(expression.columns)}
-            sql = expression.sql
+            sql, used = expression.sql, set(expression.parameters)
             if isinstance(condition, TopFraction):
                 rank = evaluate(connection, [expression], row, parameters=policy.parameters)["c0"][0].as_py()
                 sql, values = f"top {condition.top_fraction} by {condition.of}", {condition.of: rank}
-            parameters = {f"${name}": policy.parameters[name] for name in sorted(expression.parameters)}
+                used |= {str(condition.top_fraction).removeprefix("$")} & policy.parameters.keys()
+            parameters = {f"${name}": policy.parameters[name] for name in sorted(used)}
             yield Judgement(condition.name, sql, values | parameters, condition.name not in failed)
 
 
@@ -181,14 +191,13 @@ def _row(table: pa.Table, sample_id: str) -> dict[str, Any]:
 def _outcome(verdict: Verdict) -> str:
     if verdict.kept:
         return f"kept, {verdict.split}"
-    failed = [judgement.condition for judgement in verdict.judgements if not judgement.passed]
-    reasons = [f"fails {', '.join(failed)}"] if failed else []
+    reasons = [f"fails {', '.join(verdict.failed)}"] if verdict.failed else []
     if verdict.contaminated_by:
         reasons.append(f"copy of the evaluation sample `{verdict.contaminated_by}`")
     if verdict.duplicate_of:
         by = f"{verdict.duplicate_rule}, distance {verdict.duplicate_distance:.3g}"
         reasons.append(f"duplicate of `{verdict.duplicate_of}` ({by})")
-    return "rejected: " + ("; ".join(reasons) or "split_conflict")
+    return f"rejected: {'; '.join(reasons)}"
 
 
 def _code(sql: str) -> str:
@@ -200,4 +209,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = " ".join(str("" if value is None else value).split())
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

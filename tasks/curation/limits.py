@@ -67,7 +67,7 @@ def draw_balanced(
     concept = np.asarray(encoded.indices, np.int64)
     groups, group_names = _encode(group, len(ids))
     counts = np.bincount(groups[sample] * len(names) + concept, minlength=len(group_names) * len(names))
-    counts = counts.reshape(len(group_names), -1)
+    counts = counts.reshape(len(group_names), len(names))
     limits = _limits(counts, group_names, at_most, balance.tail_of)
     chance = np.minimum(1, limits[:, None] / np.maximum(counts, 1))
     spared = np.zeros(len(ids))

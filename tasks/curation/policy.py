@@ -45,6 +45,15 @@ def _value(value: Any) -> Any:
     return value
 
 
+def _as_declared(value: Value, declared: Value) -> Value:
+    """A number as the declared one is written, if it can be: forms and numpy give 3.0 for 3, and 3 for 3.0."""
+    if isinstance(value, str):
+        return value
+    if isinstance(declared, int):
+        return int(value) if float(value).is_integer() else float(value)
+    return float(value)
+
+
 def _amount(value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"\$[a-z][a-z0-9_]*", value):
         raise ValueError(f"{value!r} is neither a number nor a $parameter")
@@ -71,7 +80,7 @@ class _Choice(BaseModel):
 
 
 class Condition(_Choice):
-    """A named SQL expression that is true for samples to keep; NULL, as from an unreadable image, fails."""
+    """A named SQL expression that is true for samples to keep; NULL fails, as from an unreadable image or 1 / 0."""
 
     name: Name = Field(description="the reason given for samples that fail it")
     sql: str = Field(description="SQL over the columns of one row and $parameters, true to pass", min_length=1)
@@ -231,7 +240,7 @@ class Policy(_Choice):
         description="who survives: SQL with asc or desc, or hard, easy or random; the first that differs decides, "
         "NULL loses",
     )
-    limits: tuple[AnyLimit, ...] = Field(default=(), description="what is left out last, in order")
+    limits: tuple[AnyLimit, ...] = Field(default=(), description="what is left out last, in order", max_length=64)
     splits: Splits = Field(default_factory=Splits, description="what is held out")
     _origin: str | None = PrivateAttr(default=None)
 
@@ -296,7 +305,8 @@ class Policy(_Choice):
                     f"{self.origin}: parameter {name} is {self.parameters[name]!r} and can't become {value!r}. "
                     "Give a number for a number, text for text."
                 )
-        content = self.model_dump() | {"parameters": {**self.parameters, **values}}
+        numbers = {name: _as_declared(value, self.parameters[name]) for name, value in values.items()}
+        content = self.model_dump() | {"parameters": {**self.parameters, **numbers}}
         return _validated(content, self.origin, self._origin)
 
     def number(self, value: float | str, what: str) -> float:

@@ -23,13 +23,17 @@ from tasks.curation.policy import CheckedPolicy, Condition, Policy, TopFraction
 SWEEP = pa.schema(
     [
         column("value", pa.float64(), "the parameter's value"),
-        column("group", pa.string(), "the samples' value of `by`; null for all samples"),
-        column("samples", pa.int64(), "samples in the group"),
-        column("passing", pa.int64(), "those that pass every condition, before duplicates"),
+        column("group", pa.string(), "the samples' value of `by`, which may be null"),
+        column("of_all", pa.bool_(), "the row is of all samples, not of those with this value"),
+        column("samples", pa.int64(), "samples in the group, or all"),
+        column("passing", pa.int64(), "those that pass every condition, before decontamination, duplicates and limits"),
         column("fails", pa.int64(), "those that fail a condition that uses the parameter"),
         column("fails_alone", pa.int64(), "those that fail no other condition"),
     ]
 )
+
+SHOWN_GROUPS = 50
+"""Groups in Markdown: there may be as many as hosts in a pool, and an artifact takes no megabytes."""
 
 
 def sweep(
@@ -42,11 +46,12 @@ def sweep(
     warehouse: Warehouse,
     by: str | None = None,
 ) -> pa.Table:
-    """Return what every value of a policy's parameter would let pass, as rows of `SWEEP`.
+    """Return how many samples would pass the policy's conditions at every value of a parameter, as rows of `SWEEP`.
 
+    Conditions alone are looked at, top fractions among them: what decontamination, duplicates and limits would take
+    of those that pass is not taken off, so more pass than would be kept. `compare` counts what would be kept.
     With `by`, a SQL expression such as `language` or `split_part(url, '/', 3)`, there is a row for each of its values
-    too. Duplicates are not looked at: `compare` does. Raises `PolicyError` if no condition uses the parameter, or a
-    value or `by` does not fit.
+    too. Raises `PolicyError` if no condition uses the parameter, or a value or `by` does not fit.
     """
     columns = find_columns(pool, signals, warehouse=warehouse)
     checked = policy.check(columns.schema)
@@ -66,9 +71,9 @@ def sweep(
         passes = _passes(trial, used, found, pool.rows)
         masks = (np.ones(pool.rows, bool), passes & passes_others, ~passes, ~passes & passes_others)
         counts = [_count(groups, names, mask) for mask in masks]
-        rows += [(float(value), name, *row) for name, *row in zip([None, *names], *counts, strict=True)]
-    by_column = zip(zip(*rows, strict=True), SWEEP, strict=True)
-    return pa.Table.from_arrays([pa.array(column, field.type) for column, field in by_column], schema=SWEEP)
+        of = [(None, True), *((name, False) for name in names)]
+        rows += [(float(value), *row[0], *row[1:]) for row in zip(of, *counts, strict=True)]
+    return pa.Table.from_pylist([dict(zip(SWEEP.names, row, strict=True)) for row in rows], schema=SWEEP)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Comparison:
 
     `only_a` and `only_b` map the reasons that the other policy gives to the number of samples it rejects for them;
     `overlap_a` and `overlap_b` map a pair of conditions to the samples that fail both, of equal names to those that
-    fail this one alone; `groups` are rows of (group, samples, kept by a, kept by b).
+    fail this one alone; `groups` are rows of (group, samples, kept by a, kept by b), largest first.
     """
 
     samples: int
@@ -99,7 +104,7 @@ class Comparison:
         return self.both + sum(self.only_b.values())
 
     def markdown(self) -> str:
-        """Return the comparison as Markdown tables."""
+        """Return the comparison as Markdown tables, with the largest groups."""
         lines = [
             f"a keeps {self.kept_a:,}, b keeps {self.kept_b:,}, both {self.both:,} of {self.samples:,} samples.",
             "",
@@ -112,8 +117,12 @@ class Comparison:
             lines += ["| group | samples | kept by a | kept by b |", "|:--|--:|--:|--:|"]
             lines += [
                 f"| {cell('unknown' if name is None else name)} | {samples:,} | {a:,} | {b:,} |"
-                for name, samples, a, b in self.groups
+                for name, samples, a, b in self.groups[:SHOWN_GROUPS]
             ]
+            rest = self.groups[SHOWN_GROUPS:]
+            if rest:
+                samples, a, b = (sum(counts) for counts in list(zip(*rest, strict=True))[1:])
+                lines.append(f"| {len(rest):,} more | {samples:,} | {a:,} | {b:,} |")
         return "\n".join(lines) + "\n"
 
 

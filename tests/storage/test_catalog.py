@@ -7,10 +7,10 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from storage import schema
+from storage import catalog, schema
 from storage.catalog import FILE, connect, write_catalog
 from storage.record import Record, write_record
-from storage.refs import RunRef
+from storage.refs import RunRef, SnapshotRef
 from storage.snapshot import Draft, FileEntry, commit
 from storage.warehouse import Warehouse
 
@@ -139,10 +139,58 @@ def test_the_file_opens_read_only_elsewhere_while_it_is_rebuilt(tmp_path) -> Non
         assert catalog.execute("SELECT count(*) FROM curated").fetchall() == [(0,)]
 
 
+@pytest.fixture
+def superseded(tmp_path) -> tuple[Warehouse, SnapshotRef]:
+    """A warehouse, and the older of its two snapshots."""
+    warehouse = Warehouse(str(tmp_path))
+    fill(warehouse)
+    commit(warehouse, "d", lambda parent: replace(DRAFT, counts={"kept": 0}))
+    old = SnapshotRef("d", 1)
+    warehouse.write_table(old.difference, schema.DIFFERENCE.empty_table())
+    return warehouse, old
+
+
+@pytest.mark.parametrize("use", [connect, write_catalog])
+def test_files_that_expire_while_the_catalog_is_made_are_left_out(superseded, monkeypatch, use) -> None:
+    warehouse, old = superseded
+    real = catalog.view_statements
+
+    def then_expire(warehouse: Warehouse) -> list[str]:
+        statements = real(warehouse)
+        for path in (old.manifest, old.difference):
+            warehouse.remove(path)
+        return statements
+
+    monkeypatch.setattr(catalog, "view_statements", then_expire)
+    use(warehouse)
+    with connect(warehouse) as views:
+        assert views.execute("SELECT snapshot FROM snapshots").fetchall() == [(2,)]
+
+
+def test_a_snapshot_that_expires_after_it_was_listed_is_left_out(superseded, monkeypatch) -> None:
+    warehouse, old = superseded
+    warehouse.remove(old.manifest)
+    listings = iter([[1, 2], [2]])
+    monkeypatch.setattr(catalog, "numbers", lambda *_: next(listings))
+    with connect(warehouse) as views:
+        assert views.execute("SELECT snapshot FROM snapshots").fetchall() == [(2,)]
+
+
 def test_names_with_quotes_do_not_break_the_views(tmp_path) -> None:
     warehouse = Warehouse(str(tmp_path / "it's"))
     fill(warehouse)
     assert connect(warehouse).execute("SELECT count(*) FROM samples").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("folder", ["run [3]", "a*b", "a?b"])
+def test_a_folder_with_wildcards_in_its_name_is_itself_alone(tmp_path, folder: str) -> None:
+    for name in (folder, "axb", "run 3"):
+        fill(Warehouse(str(tmp_path / name)))
+    warehouse = Warehouse(str(tmp_path / folder))
+    write_catalog(warehouse)
+    with connect(warehouse) as catalog:
+        counts = [catalog.execute(f"SELECT count(*) FROM {view}").fetchall()[0][0] for view in VIEWS[:8]]
+    assert counts == [2, 0, 2, 2, 1, 2, 1, 1]
 
 
 def test_a_remote_warehouse_gets_the_views_as_statements(s3_warehouse: Warehouse) -> None:

@@ -24,7 +24,7 @@ def publish(warehouse: Warehouse, *names: str) -> SnapshotRef:
         policy={},
         signals={},
         pairs={},
-        decisions=(),
+        decisions=tuple(entries),
         curated=tuple(entries),
         published=None,
         counts={},
@@ -60,6 +60,16 @@ def test_a_snapshot_that_a_run_was_trained_on_stays(warehouse: Warehouse) -> Non
     train_on(warehouse, first)
     assert expire(warehouse, "d", keep=1).snapshots == (2,)
     assert (numbers(warehouse, "d"), files(warehouse)) == ([1, 3], ["a.parquet", "c.parquet"])
+
+
+def test_a_snapshot_that_is_still_to_be_compared_with_the_one_before_keeps_it(warehouse: Warehouse) -> None:
+    publish(warehouse, "a")
+    publish(warehouse, "b")
+    last = publish(warehouse, "c")
+    warehouse.remove(last.difference)  # killed between publishing and comparing
+    assert expire(warehouse, "d", keep=1).snapshots == (1,)
+    warehouse.write_table(last.difference, DIFFERENCE.empty_table())
+    assert expire(warehouse, "d", keep=1).snapshots == (2,)
 
 
 def test_a_dry_run_says_the_same_and_removes_nothing(warehouse: Warehouse) -> None:

@@ -56,11 +56,11 @@ class Concepts(Signal):
     @property
     def parameters(self) -> Mapping[str, Any]:
         """See `Signal.parameters`. Raises `FileNotFoundError` if there is no such file of entries."""
-        return {"entries": _digest(self.entries), "fold_case": self.fold_case}
+        return {"entries": _digest(*_file(self.entries)), "fold_case": self.fold_case}
 
     def measure(self, batch: Batch) -> pa.RecordBatch:
         """See `Signal.measure`. A missing caption gives nulls."""
-        names, automaton = _automaton(self.entries, self.fold_case)
+        names, automaton = _automaton(*_file(self.entries), self.fold_case)
         found = []
         for caption in batch.captions.to_pylist():
             text = None if caption is None else _spaced(caption.lower() if self.fold_case else caption)
@@ -75,14 +75,19 @@ def _spaced(caption: str) -> str:
     return " " + _PADDED.sub(r" \1 ", _BREAKS.sub(" ", caption)) + " "
 
 
-@cache
-def _entries(given: str | None) -> tuple[str, ...]:
-    """The entries of a file, each once, in its order."""
+def _file(given: str | None) -> tuple[Path, int]:
+    """The file of entries and when it was modified, so that it is read once a process unless that changes."""
     path = WORDNET if given is None else Path(given).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: there is no such file of entries. Give a text file, one entry a line, or none for WordNet."
         )
+    return path, path.stat().st_mtime_ns
+
+
+@cache
+def _entries(path: Path, modified: int) -> tuple[str, ...]:
+    """The entries of a file, each once, in its order."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         lines = (" ".join(line.split()) for line in data.decode().splitlines())
@@ -92,12 +97,12 @@ def _entries(given: str | None) -> tuple[str, ...]:
 
 
 @cache
-def _digest(given: str | None) -> str:
-    return fingerprint(list(_entries(given)))
+def _digest(path: Path, modified: int) -> str:
+    return fingerprint(list(_entries(path, modified)))
 
 
 @cache
-def _automaton(given: str | None, fold_case: bool) -> tuple[tuple[str, ...], AhoCorasick]:
-    names = _entries(given)
+def _automaton(path: Path, modified: int, fold_case: bool) -> tuple[tuple[str, ...], AhoCorasick]:
+    names = _entries(path, modified)
     folded = [name.lower() for name in names] if fold_case else names
     return names, AhoCorasick([name if _UNSPACED.search(name) else f" {name} " for name in folded])

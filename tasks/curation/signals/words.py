@@ -92,15 +92,18 @@ def _repetition(words: list[str]) -> float:
     return sum(count for count in Counter(ngrams).values() if count > 1) / len(ngrams)
 
 
-@cache
 def _stop_words(given: str) -> frozenset[str]:
     if given in stop_words.LANGUAGE_MAPPING:
-        return frozenset(word.lower() for word in stop_words.get_stop_words(given))
+        return _shipped_stop_words(given)
     known = ", ".join(sorted(stop_words.LANGUAGE_MAPPING))
     return _listed(Path(given).expanduser(), f"Stop words are shipped for {known}; for others give a file.")
 
 
 @cache
+def _shipped_stop_words(language: str) -> frozenset[str]:
+    return frozenset(word.lower() for word in stop_words.get_stop_words(language))
+
+
 def _flagged_words(given: str | None) -> frozenset[str]:
     if given is not None:
         return _listed(Path(given).expanduser(), "Leave flagged_words out for the list of better-profanity.")
@@ -114,5 +117,11 @@ def _flagged_words(given: str | None) -> frozenset[str]:
 def _listed(file: Path, advice: str) -> frozenset[str]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such list of words. {advice}")
+    return _words_in(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _words_in(file: Path, modified: int) -> frozenset[str]:
+    """Read a list once a process, unless it is modified meanwhile."""
     lines = (line.strip().lower() for line in file.read_text(encoding="utf-8").splitlines())
     return frozenset(line for line in lines if line)

@@ -72,7 +72,9 @@ def folder_listing(uri: str) -> list[tuple[str, int, str]]:
 def _absolute(source: str) -> str:
     if not is_local(source):
         return source.removeprefix("file://").rstrip("/")
-    return str(Path(source).expanduser().absolute())
+    path = Path(source).expanduser().absolute()
+    ups = [at for at, part in enumerate(path.parts, start=1) if part == ".."]
+    return str(Path(*path.parts[: ups[-1]]).resolve().joinpath(*path.parts[ups[-1] :]) if ups else path)
 
 
 def _files_of(filesystem: Any, path: str, format: str, layout: Layout) -> Iterator[SourceFile]:

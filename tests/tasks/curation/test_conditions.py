@@ -1,5 +1,10 @@
 """What a condition may say, and what it is refused for."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import duckdb
 import pyarrow as pa
 import pytest
@@ -178,9 +183,27 @@ def test_the_connection_is_locked_even_if_a_check_were_missing(connection, state
     assert some_python_variable.num_rows == 1
 
 
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_a_time_is_the_same_wherever_the_machine_stands(zone):
+    code = """
+        import pyarrow as pa
+        from tasks.curation.conditions import check_expression, evaluate, locked_connection
+        rows = pa.table({"taken": ["2024-01-01 23:30:00 +0000"]})
+        at = "try_strptime(taken, '%Y-%m-%d %H:%M:%S %z')"
+        with locked_connection() as connection:
+            sql = f"day({at}) || concat({at})"
+            wanted = check_expression(connection, sql, what="c", columns=rows.schema, parameters={})
+            print(evaluate(connection, [wanted], rows, parameters={})["c0"][0])
+    """
+    environment = {**os.environ, "TZ": zone}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert said.stdout == "12024-01-01 23:30:00+00\n"
+
+
 def test_evaluation_keeps_the_order_of_rows_and_makes_nan_null(connection):
     rows = pa.table({"blur": pa.array([0.5, float("nan"), None] * 50_000, pa.float32())})
-    expressions = [check(connection, "blur >= $least", least=0.5), check(connection, "sqrt(0.1 - blur)")]
+    expressions = [check(connection, "blur >= $least", least=0.5), check(connection, "pow(0.1 - blur, 0.5)")]
     found = evaluate(connection, expressions, rows, parameters={"least": 0.5})
     assert found.column(0).to_pylist() == [True, None, None] * 50_000
     assert found.column(1).null_count == 150_000

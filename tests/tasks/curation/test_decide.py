@@ -64,6 +64,15 @@ def test_null_and_nan_fail(warehouse):
     }
 
 
+@pytest.mark.parametrize(
+    "sql", ["0 * width / height >= 0.5", "width / height > 0.5", "width // height = 1", "width % height < 9"]
+)
+def test_a_division_by_zero_fails_as_null_does(warehouse, sql):
+    rows = {"zero": {"width": 3, "height": 0}}
+    decisions, _ = run(warehouse, [rows], policy(conditions={"ratio": sql}))
+    assert decisions["zero"]["failed"] == ["ratio"]
+
+
 def test_columns_of_the_sample_itself_can_be_used(warehouse):
     decisions, _ = run(
         warehouse,
@@ -100,6 +109,12 @@ def test_a_top_fraction_is_datacomps_over_the_whole_pool_ties_kept(warehouse, fr
     )
     kept = {sample for sample, decision in decisions.items() if decision["kept"]}
     assert kept == {f"s{at:03}" for at in datacomp_fraction(scores, fraction)}
+
+
+def test_a_top_fraction_ranks_by_whole_numbers_beyond_doubles(warehouse):
+    rows = {f"s{at}": {"phash": value} for at, value in enumerate([2**64 - 1, 2**63, 2**53 + 1, 7])}
+    top = {"half": {"top_fraction": 0.25, "of": "phash"}}
+    assert kept(run(warehouse, [rows], policy(conditions=top))) == {"s0", "s1"}
 
 
 def test_a_top_fraction_counts_null_scores_in_the_pool_but_never_keeps_them(warehouse):

@@ -21,21 +21,32 @@ def warehouse(tmp_path: Path) -> Warehouse:
     return Warehouse(str(tmp_path))
 
 
-def curate(warehouse, *shards, least=0.2, pairs=(), conditions=None) -> SnapshotRef:
+def curate(
+    warehouse, *shards, least=0.2, parameters=None, pairs=(), exams=(), fingerprint="1", **words: Any
+) -> SnapshotRef:
+    """Publish shards by a policy that `words` add to; evaluation sets, if any, are in the pool `exam`."""
+    leak = {"leak": {"against": ["exam"], "pairs": ["bytes"]}} if exams else {}
+    conditions = {"clip": "clip_score >= $least", **words.pop("conditions", {})}
     policy = Policy.model_validate(
         {
             "name": "p",
-            "parameters": {"least": least},
-            "conditions": {"clip": "clip_score >= $least", **(conditions or {})},
+            "parameters": {"least": least, **(parameters or {})},
+            "conditions": conditions,
+            "decontaminate": leak,
             "duplicates": {"exact": ["bytes"]},
             "prefer": ["clip_score desc"],
+            **words,
         }
     )
     pool = write_pool(warehouse, *shards)
-    signals = write_signals(warehouse, pool, {sample: row for shard in shards for sample, row in shard.items()})
+    held_out = [write_pool(warehouse, *exams, name="exam")] if exams else []
+    rows = {sample: row for shard in shards for sample, row in shard.items()}
+    signals = write_signals(warehouse, pool, rows, fingerprint_=fingerprint)
     evidence = [write_pairs(warehouse, "bytes", [(*pair, 0) for pair in pairs])]
-    decisions = decide(pool, policy, signals, evidence, warehouse=warehouse).ref
-    return publish("set", pool, decisions, policy, signals, evidence, warehouse=warehouse).ref
+    decisions = decide(pool, policy, signals, evidence, evaluation_pools=held_out, warehouse=warehouse).ref
+    return publish(
+        "set", pool, decisions, policy, signals, evidence, evaluation_pools=held_out, warehouse=warehouse
+    ).ref
 
 
 def changes(warehouse, snapshot: SnapshotRef) -> dict[str, tuple[Any, ...]]:
@@ -84,6 +95,29 @@ def test_a_duplicate_comes_back_when_its_survivor_is_rejected(warehouse):
         "a": ("removed", "condition", "side: newly asked (width >= 200)"),
         "b": ("added", "duplicate", "exact: its survivor was removed"),
     }
+
+
+def test_another_preference_is_named_as_the_reason(warehouse):
+    shard = {"a": {"clip_score": 0.5, "width": 300}, "b": {"width": 400}}
+    curate(warehouse, shard, pairs=[("a", "b")])
+    second = curate(warehouse, shard, pairs=[("a", "b")], prefer=["width desc"])
+    because = "exact: prefer clip_score desc became width desc"
+    assert changes(warehouse, second)["a"] == ("removed", "duplicate", because)
+
+
+def test_an_evaluation_set_that_grows_is_named_as_the_reason(warehouse):
+    shard = {"a": {}, "b": {}}
+    curate(warehouse, shard, pairs=[("a", "x")], exams=[{"y": {}}])
+    second = curate(warehouse, shard, pairs=[("a", "x")], exams=[{"y": {}}, {"x": {}}])
+    assert changes(warehouse, second) == {"a": ("removed", "condition", "leak: the evaluation sets changed")}
+
+
+def test_a_parameter_whose_name_begins_like_anothers_is_not_taken_for_it(warehouse):
+    shard, worse = {"a": {"width": 300}}, {"a": {"width": 100}}
+    side = {"side": "width >= $least_side", "words": "caption_words >= $least"}
+    curate(warehouse, shard, least=0.2, conditions=side, parameters={"least_side": 200})
+    second = curate(warehouse, worse, least=0.3, conditions=side, parameters={"least_side": 200}, fingerprint="2")
+    assert changes(warehouse, second)["a"][2].endswith("measured anew")
 
 
 def test_samples_whose_shard_left_the_pool_are_said_to_have_left(warehouse):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.refs import SnapshotRef
+from storage.refs import PoolRef, SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError
 from tasks.curation.decide import decide
@@ -44,6 +44,18 @@ def warehouse(tmp_path: Path) -> Warehouse:
     return warehouse
 
 
+def curated(tmp_path: Path, pools: dict[str, dict], **words) -> tuple[Warehouse, list[PoolRef]]:
+    """A dataset of each pool's name, by a policy that prefers by score."""
+    warehouse, refs = Warehouse(str(tmp_path)), []
+    policy = Policy.model_validate({"name": "p", "prefer": ["clip_score desc"], **words})
+    for name, rows in pools.items():
+        refs.append(write_pool(warehouse, rows, name=name))
+        signals = write_signals(warehouse, refs[-1], rows)
+        decisions = decide(refs[-1], policy, signals, [], warehouse=warehouse).ref
+        publish(name, refs[-1], decisions, policy, signals, [], warehouse=warehouse)
+    return warehouse, refs
+
+
 def test_a_kept_sample_shows_its_measurements_and_its_split(warehouse):
     found = explain("a", warehouse=warehouse)
     assert (found.key, found.caption, found.image) == ("key-a", "caption of a", b"image of a")
@@ -68,6 +80,43 @@ def test_a_duplicate_names_its_survivor_and_the_pair_behind_it(warehouse):
     assert found.pairs == (("bytes", "a", "key-a", 0.0),)
     assert {(v.kept, v.duplicate_of, v.duplicate_rule) for v in found.verdicts} == {(False, "a", "exact")}
     assert "## set@2: rejected: duplicate of `a` (exact, distance 0)" in found.markdown()
+
+
+def test_a_megabyte_of_caption_is_shown_by_its_beginning(tmp_path):
+    caption = "dog " * 300_000
+    warehouse, _ = curated(tmp_path, {"pool": {"a": {"caption": caption}}}, conditions={"long": "length(caption) > 1"})
+    found = explain("a", warehouse=warehouse)
+    assert found.caption == caption
+    assert len(found.markdown()) < 10_000
+    assert "… (1,199,999 characters)" in found.markdown()
+
+
+def test_a_top_fraction_given_by_a_parameter_shows_its_value(tmp_path):
+    best = {"best": {"top_fraction": "$share", "of": "clip_score"}}
+    warehouse, _ = curated(tmp_path, {"pool": SAMPLES}, conditions=best, parameters={"share": 0.5})
+    [verdict] = explain("a", warehouse=warehouse).verdicts
+    assert verdict.judgements[0].values == {"clip_score": pytest.approx(0.9), "$share": 0.5}
+
+
+def test_a_sample_that_a_limit_leaves_out_names_the_limit(tmp_path):
+    warehouse, (pool,) = curated(tmp_path, {"pool": SAMPLES}, limits={"one": {"cap_per": "language", "at_most": 1}})
+    assert pool.rows == 3
+    found = explain("b", warehouse=warehouse)
+    assert [verdict.failed for verdict in found.verdicts] == [("one",)]
+    assert "## pool@1: rejected: fails one" in found.markdown()
+
+
+def test_a_sample_in_several_pools_has_the_verdicts_of_all(tmp_path):
+    a, b, c = ({name: row} for name, row in SAMPLES.items())
+    warehouse, _ = curated(tmp_path, {"one": a | b, "two": b | c})
+    found = {name: explain(name, warehouse=warehouse) for name in SAMPLES}
+    assert {name: [str(v.snapshot) for v in one.verdicts] for name, one in found.items()} == {
+        "a": ["one@1"],
+        "b": ["one@1", "two@1"],
+        "c": ["two@1"],
+    }
+    assert (found["a"].pools, found["b"].pools) == (("one",), ("one", "two"))
+    assert "`b` in pools one, two, from source.tar b" in found["b"].markdown()
 
 
 def test_other_peoples_text_stays_in_its_cell(warehouse):

@@ -187,3 +187,23 @@ def test_a_limit_that_cannot_work_is_refused_by_name(warehouse, limit, message):
 def test_a_limit_may_not_have_the_name_of_a_condition():
     with pytest.raises(ValueError, match="condition or limit clip is there twice"):
         policy(clip={"cap_per": "url", "at_most": 1})
+
+
+def test_limits_have_nothing_to_do_where_conditions_left_nothing(tmp_path: Path):
+    samples = {"a": {"clip_score": 0.1}, "b": {"clip_score": 0.2, "language": "de"}}
+    warehouse = Warehouse(str(tmp_path))
+    pool = write_pool(warehouse, samples)
+    signals = write_signals(warehouse, pool, samples)
+    policy = Policy.model_validate(
+        {
+            "name": "p",
+            "conditions": {"clip": "clip_score > 0.9"},
+            "limits": {
+                "host": {"cap_per": "language", "at_most": 1},
+                "concepts": {"balance": "concepts", "at_most": 1, "per": "language", "tail_of": "en"},
+            },
+        }
+    )
+    ref = decide(pool, policy, signals, [], warehouse=warehouse).ref
+    rows = warehouse.read_table(ref.table(pool.shards[0])).to_pylist()
+    assert [row["failed"] for row in rows] == [["clip"], ["clip"]]

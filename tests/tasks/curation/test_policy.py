@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from storage.fingerprint import fingerprint
 from tasks.curation.policy import Condition, DuplicateRule, Policy, PolicyError, TopFraction, load_policy
@@ -74,6 +75,28 @@ def test_parameters_can_be_overridden_without_touching_the_policy(tmp_path):
     assert (changed.parameters, policy.parameters["share"]) == ({"side": 200, "near": 2, "share": 0.1}, 0.3)
     assert dict(changed.check(SCHEMA).fractions) == {1: 0.1}
     assert changed.origin == "small.yaml"
+
+
+@pytest.mark.parametrize(
+    ("declared", "given", "became"),
+    [
+        (3, 3.0, 3),
+        (3, 3.5, 3.5),
+        (0.5, 1, 1.0),
+        (3, np.int64(4), 4),
+        (0.5, np.float32(0.25), 0.25),
+        (2**60, 2**60 + 1, 2**60 + 1),
+    ],
+)
+def test_an_override_is_the_kind_of_number_that_it_stands_for(declared, given, became):
+    policy = Policy(name="p", parameters={"n": declared}).with_parameters({"n": given})
+    assert (policy.parameters["n"], type(policy.parameters["n"])) == (became, type(became))
+
+
+def test_a_form_that_gives_every_number_as_a_float_changes_no_decision():
+    policy = Policy(name="p", parameters={"part": 3}, conditions={"host": "split_part(url, '/', $part) = 'a'"})  # type: ignore[arg-type]
+    given = TypeAdapter(dict[str, float | str]).validate_python({"part": 3})
+    assert fingerprint(policy.with_parameters(given)) == fingerprint(policy)
 
 
 @pytest.mark.parametrize(

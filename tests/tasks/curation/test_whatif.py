@@ -73,6 +73,33 @@ def test_a_sweep_says_what_deciding_with_each_value_would(evidence, parameter, v
         assert (row["fails"], row["fails_alone"]) == (condition.fails, condition.fails_alone)
 
 
+def test_a_comparison_shows_the_largest_of_many_groups_and_keeps_all(evidence):
+    warehouse, pool, signals, _ = evidence
+    compared = compare(
+        pool, POLICY, POLICY, signals, [write_pairs(warehouse, "bytes", [])], warehouse=warehouse, by="key"
+    )
+    assert len(compared.groups) == 120
+    assert compared.markdown().count("| key-s") == 50
+    assert "| 70 more | 70 |" in compared.markdown()
+
+
+def test_a_sweep_tells_the_samples_without_a_group_from_all(evidence):
+    warehouse, pool, signals, _ = evidence
+    rows = sweep(pool, POLICY, "side_min", [250], signals, warehouse=warehouse, by="nullif(language, 'en')").to_pylist()
+    total, *groups = rows
+    assert (total["group"], total["of_all"], total["samples"]) == (None, True, 120)
+    [ungrouped] = [row for row in groups if row["group"] is None]
+    assert not ungrouped["of_all"]
+    assert sum(row["samples"] for row in groups) == 120
+
+
+def test_a_sweep_takes_numpys_numbers_and_none_at_all(evidence):
+    warehouse, pool, signals, _ = evidence
+    plain = sweep(pool, POLICY, "side_min", [100, 150], signals, warehouse=warehouse)
+    assert sweep(pool, POLICY, "side_min", np.arange(100, 200, 50), signals, warehouse=warehouse).equals(plain)
+    assert sweep(pool, POLICY, "side_min", [], signals, warehouse=warehouse).equals(SWEEP.empty_table())
+
+
 def test_a_sweep_by_an_expression_adds_a_row_for_each_of_its_values(evidence):
     warehouse, pool, signals, rows = evidence
     found = sweep(pool, POLICY, "side_min", [250], signals, warehouse=warehouse, by="language").to_pylist()

@@ -1,6 +1,7 @@
 """Concepts against MetaCLIP's rule written out: an entry in spaces is a substring of the padded caption."""
 
 import gzip
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -79,6 +80,18 @@ def test_the_fingerprint_follows_the_list_and_not_its_place(entries, tmp_path: P
     copy = tmp_path / "copy.txt.gz"
     copy.write_bytes(gzip.compress(Path(entries).read_bytes()))
     assert Concepts(entries).ref == Concepts(str(copy)).ref != Concepts().ref
+
+
+def test_a_list_that_changed_is_read_again(tmp_path: Path):
+    file = tmp_path / "pets.txt"
+    file.write_text("dog\n")
+    before = Concepts(str(file))
+    assert before.ref == Concepts(str(file)).ref
+    file.write_text("cat\n")
+    os.utime(file, ns=(1, 1))
+    after = Concepts(str(file))
+    assert after.ref != before.ref
+    assert after.measure(Batch(pa.array(["a cat and a dog"]))).column("concepts").to_pylist() == [["cat"]]
 
 
 def test_a_missing_list_is_an_error_that_says_what_to_give(tmp_path: Path):

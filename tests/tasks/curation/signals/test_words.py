@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +64,17 @@ def test_the_fingerprint_follows_the_words_not_the_file(lists: dict[str, str], t
     other_words = tmp_path / "other.txt"
     other_words.write_text("a\n")
     assert Words(**{**lists, "stop_words": str(other_words)}).ref != Words(**lists).ref
+
+
+def test_a_list_that_changed_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "flagged.txt"
+    file.write_text("blob\n")
+    before = Words(flagged_words=str(file)).ref
+    file.write_text("slime\n")
+    os.utime(file, ns=(1, 1))
+    after = Words(flagged_words=str(file))
+    assert after.ref != before
+    assert measured(after, "blob of slime here")[0]["flagged_word_ratio"] == pytest.approx(1 / 4)
 
 
 def test_a_list_that_is_not_there_is_named() -> None:

@@ -18,6 +18,14 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"x")
 
 
+def test_a_path_through_a_parent_is_that_of_the_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "data/a.jsonl", "elsewhere/data/b.jsonl", "elsewhere/in/c.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "in")
+    monkeypatch.chdir(tmp_path / "data")
+    assert find_source_files("../data/*.jsonl") == find_source_files(str(tmp_path / "data"))
+    assert find_source_files("../link/../data") == find_source_files(str(tmp_path / "elsewhere" / "data"))
+
+
 @pytest.mark.parametrize(
     ("name", "format"),
     [
