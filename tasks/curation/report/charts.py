@@ -18,13 +18,13 @@ LINE = "#b5442e"
 COLOURS = {TEXT: "var(--text)", KEPT: "var(--kept)", REJECTED: "var(--rejected)", LINE: "var(--line)"}
 
 
-def funnel_chart(funnel: Funnel) -> str:
-    """Return the funnel as SVG."""
-    return _svg(funnel_figure(funnel), name="funnel")
+def funnel_chart(funnel: Funnel, what: str = "samples") -> str:
+    """Return the funnel as SVG; `what` is the word for what it counts."""
+    return _svg(funnel_figure(funnel, what), name=f"funnel of {what}")
 
 
 def histogram(name: str, values: NDArray[np.float64], kept: NDArray[np.bool_], lines: Sequence[float]) -> str:
-    """Return a histogram of kept and rejected samples as SVG, thresholds as dashed lines.
+    """Return a histogram of kept and rejected rows as SVG, thresholds as dashed lines.
 
     The axis spans 99.8 % of the values and the lines; what lies beyond is counted in the outermost bars.
     """
