@@ -28,6 +28,7 @@ from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import Expression, evaluate, locked_connection, refused_value
+from tasks.curation.decide import condition_text
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.interleaved.document_columns import document_columns
 from tasks.curation.interleaved.image_funnel import ImageCounts, image_funnel
@@ -35,6 +36,7 @@ from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
 from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy
 from tasks.curation.interleaved.texts import measure_whole, read_texts, text_columns, text_refs
 from tasks.curation.judge import failed_names
+from tasks.curation.policy import Condition
 from tasks.curation.signals.contract import Signal
 
 VERSION = 2
@@ -75,8 +77,8 @@ def decide_documents(
             placed += ImageCounts.of(judged.nodes)
     funnel = _write_documents(ref, documents, checked, parts, texts, warehouse)
     of_texts = count_funnel(
-        f"{policy.name}: texts",
-        conditions=[(condition.name, condition.sql) for condition in policy.texts],
+        policy.name,
+        conditions=_texts_of(policy, policy.texts),
         rules=[],
         failed=(bits := np.concatenate(text_bits)),
         taken_by=np.full(len(bits), -1),
@@ -245,11 +247,16 @@ def _write_documents(
         warehouse.write_table(ref.documents(shard), table)
     return count_funnel(
         policy.name,
-        conditions=[(condition.name, condition.sql) for condition in policy.documents],
+        conditions=_texts_of(policy, policy.documents),
         rules=[(rule, f"one per {rule}") for rule in policy.one_per],
         failed=failed,
         taken_by=np.array([-1 if rule is None else policy.one_per.index(rule) for rule in rules], np.int64),
     )
+
+
+def _texts_of(policy: DocumentPolicy, conditions: Sequence[Condition]) -> list[tuple[str, str]]:
+    """Names of conditions with the text that people read."""
+    return [(condition.name, condition_text(condition, policy.parameters)) for condition in conditions]
 
 
 def _one_per(every: pa.Table, checked: CheckedDocumentPolicy) -> tuple[list[str | None], list[str | None]]:

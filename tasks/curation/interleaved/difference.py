@@ -167,7 +167,7 @@ class _Changes:
         with duckdb.connect() as connection:
             connection.register("decided", decided)
             connection.register("nodes", self._new.nodes)
-            rows = connection.execute(
+            rows = connection.sql(
                 "SELECT decided.*, kind, sample_id FROM decided JOIN nodes USING (document_id, position) "
                 "WHERE cause IN ('condition', 'duplicate') ORDER BY document_id, position"
             ).to_arrow_table()

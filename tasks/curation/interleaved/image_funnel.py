@@ -38,7 +38,6 @@ def image_funnel(samples: Funnel, counts: ImageCounts, policy: DocumentPolicy) -
     unmatched = Stage(UNMATCHED, rule, counts.unmatched, counts.unmatched, kept)
     return replace(
         samples,
-        policy=f"{policy.name}: images",
         samples=samples.samples + counts.missing,
         kept=kept,
         conditions=(missing, *samples.conditions),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from storage.refs import DocumentShardRef, ShardRef, SignalRef, TextSignalRef
 from storage.snapshot import Manifest
@@ -19,6 +20,8 @@ from tasks.curation.report.measured import Comparisons, Measure, Measured, measu
 TEXTS = "texts."
 """What the names of text signals begin with in a manifest."""
 
+OF_IMAGES = ["sample_id", "kept", "failed", "duplicate_of", "duplicate_rule", "similarity"]
+
 
 @dataclass(frozen=True)
 class MeasuredDocuments:
@@ -26,7 +29,8 @@ class MeasuredDocuments:
 
     `documents` has the columns of `DOCUMENT_DECISIONS`, the signals of the whole text, and `shard`, the document's
     place in `shards`; `texts` has document_id, position, kept, failed and `shard`; `images` those that are there,
-    with the columns of `NODE_DECISIONS`. `nodes` is where the decisions on the segments of each shard lie.
+    decided on as samples, with the similarity to their text. `nodes` is where the decisions on the segments of each
+    shard lie.
     """
 
     shards: tuple[DocumentShardRef, ...]
@@ -63,7 +67,7 @@ def _documents(
     tables = [warehouse.read_table(entry.path) for entry in manifest.document_decisions]
     rows = pa.concat_tables(_with_shard(tables))
     with locked_connection() as connection:
-        compared = Comparisons(connection, policy.documents, policy.parameters, rows.schema)
+        compared = Comparisons(connection, policy.documents, policy.parameters, _scalars(rows.schema))
         measures = compared.measures(compared.numbers(rows), rows["failed"])
     known = {measure.sql for measure in measures}
     more = [name for name in COUNTS.names if name not in known]
@@ -85,7 +89,7 @@ def _texts(
     with locked_connection() as connection:
         for shard in shards:
             rows = read_texts(shard, refs, warehouse=warehouse)
-            compared = Comparisons(connection, policy.texts, policy.parameters, rows.schema)
+            compared = Comparisons(connection, policy.texts, policy.parameters, _scalars(rows.schema))
             numbers.append(compared.numbers(rows))
     return decided, compared.measures(np.concatenate(numbers), decided["failed"])
 
@@ -98,7 +102,7 @@ def _images(
     warehouse: Warehouse,
 ) -> Measured:
     """The images that are there, and what the policy compares with numbers: similarity to their text as well."""
-    images = [table.filter(table["sample_id"].is_valid()) for table in nodes]
+    images = [table.filter(table["sample_id"].is_valid()).select(OF_IMAGES) for table in nodes]
     parts = [(ShardRef(s.pool, s.name, len(own)), own) for s, own in zip(shards, images, strict=True) if len(own)]
     refs = [SignalRef(name, of) for name, of in signals.items() if not name.startswith(TEXTS)]
     decided = (own.append_column("duplicate_distance", pa.nulls(len(own), pa.float32())) for _, own in parts)
@@ -114,6 +118,10 @@ def _of_kind(nodes: pa.Table, kind: str) -> pa.Table:
     return nodes.filter(pc.equal(nodes["kind"], kind))
 
 
+def _scalars(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field for field in schema if not pa.types.is_nested(field.type)])
+
+
 def _with_shard(tables: list[pa.Table]) -> list[pa.Table]:
     return [
         table.append_column("shard", pa.repeat(pa.scalar(at, pa.int32()), len(table)))
@@ -121,5 +129,5 @@ def _with_shard(tables: list[pa.Table]) -> list[pa.Table]:
     ]
 
 
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
+def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
     return np.asarray(column.cast(pa.float64()), np.float64)

@@ -142,7 +142,7 @@ def _texts(measured: MeasuredDocuments, wanted: Collection[int], warehouse: Ware
 def _documents(measured: MeasuredDocuments, wanted: Collection[int], warehouse: Warehouse) -> dict[int, Document]:
     found = {}
     for at, rows in _by_shard(measured.documents, wanted).items():
-        ids = pa.array([row["document_id"] for _, row in rows])
+        ids = pa.array([row["document_id"] for _, row in rows], pa.string())
         shard = measured.shards[at]
         segments = {
             row["document_id"]: row["segments"]

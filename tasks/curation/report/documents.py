@@ -1,8 +1,8 @@
 """The report on a snapshot of documents: gathers what its page shows."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import pyarrow.compute as pc
 
@@ -14,7 +14,7 @@ from tasks.curation.interleaved.policy import MISSING
 from tasks.curation.report.charts import funnel_chart
 from tasks.curation.report.document_measures import read_documents
 from tasks.curation.report.document_sheet import per_condition, take_documents
-from tasks.curation.report.pictures import SHARDS, take_pictures
+from tasks.curation.report.pictures import SHARDS, Picture, Pictures, take_pictures
 from tasks.curation.report.sections import (
     MAX_CHANGES,
     Histogram,
@@ -84,8 +84,11 @@ def documents_page(manifest: Manifest, *, warehouse: Warehouse) -> str:
             [stage.name for stage in funnels["texts"].conditions],
             warehouse=warehouse,
         ),
-        "pictures": take_pictures(
-            found.images, of_images, warehouse=warehouse, most_kept=0, most_rejected=2 * per_condition(of_images)
+        "pictures": _with_places(
+            take_pictures(
+                found.images, of_images, warehouse=warehouse, most_kept=0, most_rejected=2 * per_condition(of_images)
+            ),
+            dict(zip(found.documents["document_id"].to_pylist(), found.documents["key"].to_pylist(), strict=True)),
         ),
         "shards": len(found.shards),
         "most_shards": SHARDS,
@@ -93,6 +96,22 @@ def documents_page(manifest: Manifest, *, warehouse: Warehouse) -> str:
         "faults": faults(manifest.pool, what="documents and images", warehouse=warehouse),
     }
     return render("documents.html.jinja", content)
+
+
+def _with_places(pictures: Pictures, keys: Mapping[str, str]) -> Pictures:
+    """The pictures, named by the key of their document and the segment in it; `keys` are by document."""
+
+    def placed(picture: Picture) -> Picture:
+        document, _, position = picture.key.partition("#")
+        return replace(picture, key=f"{keys[document]}, segment {position}")
+
+    groups = tuple(
+        replace(g, survivor=placed(g.survivor), duplicates=tuple((placed(copy), why) for copy, why in g.duplicates))
+        for g in pictures.groups
+    )
+    return replace(
+        pictures, rejected={name: tuple(map(placed, row)) for name, row in pictures.rejected.items()}, groups=groups
+    )
 
 
 def _missing(shards: Iterable[str], warehouse: Warehouse) -> list[tuple[str, int]]:

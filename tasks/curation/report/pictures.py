@@ -141,7 +141,7 @@ def _column(connection: duckdb.DuckDBPyConnection, query: str, **parameters: str
 
 def _read(measured: Measured, wanted: Collection[int], warehouse: Warehouse) -> dict[int, Picture]:
     """The pictures of some samples by their place; one row group of images in memory at a time."""
-    places = pa.array(sorted(wanted))
+    places = pa.array(sorted(wanted), pa.int64())
     rows = measured.samples.select(["shard", "row", "failed"]).take(places).to_pylist()
     by_shard: dict[int, dict[int, int]] = defaultdict(dict)
     failed = {}
