@@ -118,16 +118,14 @@ class _Changes:
             _changed_choices(before, after),
             measured_anew(*of_texts, otherwise="the rest of the pool changed"),
         )
-        images = [
-            {**policy.get("images", {}), "parameters": policy.get("parameters", {})} for policy in (before, after)
-        ]
+        old_images, new_images = _image_policy(before), _image_policy(after)
         self._order = _changed_order(before, after)
         self._images = Because(
             {
                 UNMATCHED: self._order or measured_anew(*of_images, otherwise="other images and texts of it stay"),
-                **changed_entries(*images, "conditions"),
+                **changed_entries(old_images, new_images, "conditions"),
             },
-            changed_entries(*images, "duplicates"),
+            changed_entries(old_images, new_images, "duplicates"),
             measured_anew(*of_images, otherwise="the rest of the pool changed"),
         )
         self._texts = Because(
@@ -146,11 +144,13 @@ class _Changes:
         for row in decided.to_pylist():
             own = segments.pop(row["document_id"], [])
             rows.append(_row(row | {"key": keys[row["document_id"]]}, self._why(row, own), own))
-        for name in before.keys() & after.keys() & (segments.keys() | self._reordered()):
+        reordered = self._reordered()
+        for name in before.keys() & after.keys() & (segments.keys() | reordered):
             own = segments.get(name, [])
-            why = _of_segments(own) if own else self._order or "images go to other texts"
+            why = [_of_segments(own)] if own else []
+            why += [self._order or "images go to other texts"] if name in reordered else []
             row = {"document_id": name, "key": keys[name], "change": "changed", "cause": "segments" if own else "order"}
-            rows.append(_row(row | {"failed": []}, why, own))
+            rows.append(_row(row | {"failed": []}, "; ".join(why), own))
         return rows
 
     def _why(self, row: Row, segments: list[Row]) -> str:
@@ -201,13 +201,17 @@ def _row(row: Mapping[str, Any], because: str, segments: list[Row] | None = None
 
 def _of_segments(segments: list[Row]) -> str:
     """Why segments came and went, each reason once."""
-    return "; ".join(dict.fromkeys(f"{s['kind']} {s['change']}, {s['because']}" for s in segments))
+    return "; ".join(sorted({f"{s['kind']} {s['change']}, {s['because']}" for s in segments}))
 
 
 def _signals(manifest: Manifest) -> tuple[dict[str, str], dict[str, str]]:
     """Fingerprints of the signals of images, and of those of texts."""
     texts = {name: value for name, value in manifest.signals.items() if name.startswith("texts.")}
     return {name: value for name, value in manifest.signals.items() if name not in texts}, texts
+
+
+def _image_policy(policy: Mapping[str, Any]) -> dict[str, Any]:
+    return {**policy.get("images", {}), "parameters": policy.get("parameters", {})}
 
 
 def _changed_choices(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
@@ -229,4 +233,6 @@ def _changed_order(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 def _value(policy: Mapping[str, Any], name: str) -> Any:
     """What a policy says under a name, with the value of the parameter that it refers to."""
     said = policy.get(name)
-    return policy["parameters"].get(said[1:]) if isinstance(said, str) and said.startswith("$") else said
+    if isinstance(said, str) and said.startswith("$"):
+        said = policy["parameters"].get(said[1:])
+    return "none" if said is None else said

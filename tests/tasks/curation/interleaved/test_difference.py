@@ -68,7 +68,7 @@ def test_a_document_that_stays_with_fewer_images_and_texts_says_which_and_why(
     rules = {"images": {"conditions": {"side": "width > 30"}}, "texts": {"words": "caption_words > 1"}}
     second = curate(warehouse, source, **rules)
     text, image = "words: newly asked (caption_words > 1)", "side: newly asked (width > 30)"
-    why = f"text removed, {text}; image removed, {image}"
+    why = f"image removed, {image}; text removed, {text}"
     assert changes(warehouse, second) == {"k": ("changed", "segments", why)}
     assert segments(warehouse, second) == {"k": [(0, "text", "removed", text), (1, "image", "removed", image)]}
     third = curate(warehouse, source, texts=rules["texts"])
