@@ -301,6 +301,11 @@ def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
         markdown=difference_markdown(snapshot, warehouse=warehouse),
         description=f"What {snapshot} changed",
     )
+    link_report(snapshot, page, warehouse=warehouse)
+
+
+def link_report(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
+    """Publish a link to a snapshot's report as an artifact."""
     location = warehouse.uri(page)
     create_link_artifact(
         key=artifact_key("report", snapshot.dataset),

@@ -16,13 +16,15 @@ from flows.curate import (
     cluster_pool,
     decide,
     evaluation_sets,
+    link_report,
     pair_pool,
+    report,
     score_pool,
     tell_of,
 )
 from flows.steps import Name, artifact_key, in_groups, step, task_runner, together
+from storage.catalog import write_catalog
 from storage.pool import read_documents
-from storage.record import read_record
 from storage.refs import (
     DecisionsRef,
     DocumentDecisionsRef,
@@ -40,6 +42,7 @@ from tasks.curation.decontaminate import beside
 from tasks.curation.funnel import Funnel, funnel_markdown
 from tasks.curation.interleaved import publish as publishing
 from tasks.curation.interleaved.decide import decide_documents
+from tasks.curation.interleaved.difference import document_difference, document_difference_markdown
 from tasks.curation.interleaved.ingest import IngestedDocuments, ingest_document_file
 from tasks.curation.interleaved.policy import DocumentPolicy, load_document_policy
 from tasks.curation.interleaved.publish import Judged
@@ -99,7 +102,9 @@ def curate_documents(
     decisions = judge.submit(documents, rules, images, evidence, texts, warehouse=store).result()
     judged = Judged(documents, rules, images, tuple(evidence), tuple(texts), decisions)
     snapshot = publish.submit(dataset, judged, pairs, warehouse=store).result()
-    announce(snapshot, images, warehouse=store)
+    compare_with_parent.submit(snapshot, warehouse=store).result()
+    page = report.submit(snapshot, warehouse=store).result()
+    announce(snapshot, page, warehouse=store)
     return snapshot
 
 
@@ -153,6 +158,14 @@ def publish(dataset: str, judged: Judged, pairs: list[PairsRef], *, warehouse: W
     return outcome
 
 
+@step(task_run_name="compare {snapshot} with the one before")
+def compare_with_parent(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
+    """Find which documents were added, removed or changed since the snapshot before, and why."""
+    outcome = document_difference(snapshot, warehouse=warehouse)
+    write_catalog(warehouse)
+    return outcome
+
+
 # -- before anything is measured ------------------------------------------------------------------------------
 
 
@@ -201,14 +214,18 @@ def compare_all(documents: DocumentsRef, clip: Clip | None, *, warehouse: Wareho
     return [similarity_ref(clip)]
 
 
-def announce(snapshot: SnapshotRef, images: DecisionsRef, *, warehouse: Warehouse) -> None:
-    """Publish the funnels of documents, texts and images as one artifact."""
-    funnels = dict(read_manifest(warehouse, snapshot).funnel)
-    record = read_record(warehouse, images.record)
-    funnels["images"] = record.result if record else {}
+def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
+    """Publish the funnels of documents, texts and images, what changed and a link to the report as artifacts."""
+    funnels = read_manifest(warehouse, snapshot).funnel
     tables = [funnel_markdown(Funnel.from_dict(funnels[what]), what) for what in ("documents", "texts", "images")]
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),
         markdown="\n".join(tables),
         description=f"Funnel of {snapshot}",
     )
+    create_markdown_artifact(
+        key=artifact_key("difference", snapshot.dataset),
+        markdown=document_difference_markdown(snapshot, warehouse=warehouse),
+        description=f"What {snapshot} changed",
+    )
+    link_report(snapshot, page, warehouse=warehouse)

@@ -29,9 +29,10 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     """Return a DuckDB connection in memory with the catalog's views.
 
     The views are samples, quarantine, signals, embeddings, pairs, decisions, curated, documents, document_decisions,
-    node_decisions, interleaved, snapshots, differences, preflights, runs, evaluations, merges and lineage. Decisions
-    and what was published are those of the latest snapshot of each dataset as of this call; `signals` has one row a
-    sample with the columns of every signal (the newest measurement of each name; embeddings apart).
+    node_decisions, interleaved, snapshots, differences, document_differences, preflights, runs, evaluations, merges and
+    lineage. Decisions and what was published are those of the latest snapshot of each dataset as of this call;
+    `signals` has one row a sample with the columns of every signal (the newest measurement of each name; embeddings
+    apart).
     """
     connection = duckdb.connect()
     if not warehouse.is_local:
@@ -79,7 +80,10 @@ def view_statements(warehouse: Warehouse) -> list[str]:
         "node_decisions": _of_snapshots(warehouse, [(m, m.node_decisions) for m in newest], schema.NODE_DECISIONS),
         "interleaved": _of_snapshots(warehouse, [(m, m.documents) for m in newest], schema.INTERLEAVED),
         "snapshots": _snapshots(manifests),
-        "differences": _differences(warehouse, manifests),
+        "differences": _differences(warehouse, [m for m in manifests if not m.document_decisions], schema.DIFFERENCE),
+        "document_differences": _differences(
+            warehouse, [m for m in manifests if m.document_decisions], schema.DOCUMENT_DIFFERENCE
+        ),
         "preflights": _record_view(warehouse, "preflights", "findings.parquet", schema.PREFLIGHTS),
         "runs": _record_view(warehouse, "runs", "run.parquet", schema.RUNS),
         "evaluations": _record_view(warehouse, "evaluations", "evaluation.parquet", schema.EVALUATIONS),
@@ -183,14 +187,14 @@ def _snapshots(manifests: list[Manifest]) -> str:
     return " UNION ALL ".join(selects) or _nothing({**text, **numbers_})
 
 
-def _differences(warehouse: Warehouse, manifests: list[Manifest]) -> str:
+def _differences(warehouse: Warehouse, manifests: list[Manifest], columns: pa.Schema) -> str:
     selects = [
         f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, * "
         f"FROM read_parquet({_files(warehouse, m.ref.difference)})"
         for m in manifests
         if warehouse.exists(m.ref.difference)
     ]
-    return " UNION ALL ".join(selects) or _empty(schema.DIFFERENCE, dataset="VARCHAR", snapshot="BIGINT")
+    return " UNION ALL ".join(selects) or _empty(columns, dataset="VARCHAR", snapshot="BIGINT")
 
 
 def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schema) -> str:

@@ -178,7 +178,7 @@ class SnapshotRef:
 
     @property
     def difference(self) -> str:
-        """Path of the table of samples added and removed since the snapshot before."""
+        """Path of the table of samples, or documents, added and removed since the snapshot before."""
         return f"snapshots/{self.dataset}/differences/{self.number:08d}.parquet"
 
     @property

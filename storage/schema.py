@@ -156,6 +156,34 @@ DOCUMENT_DECISIONS = pa.schema(
     ]
 )
 
+DOCUMENT_DIFFERENCE = pa.schema(
+    [
+        DOCUMENT_ID,
+        column("key", pa.string(), "the source's own key"),
+        column("change", pa.string(), "added or removed since the snapshot before; changed: published in both"),
+        column("cause", pa.string(), "new_document, left_pool, condition or duplicate; segments or order for changed"),
+        column("failed", pa.list_(pa.string()), "conditions it fails now (removed) or failed before (added)"),
+        column("duplicate_of", pa.string(), "document it stands back for now (removed) or stood back for (added)"),
+        column("duplicate_rule", pa.string(), "the column of one_per in which the two are, or were, equal"),
+        column("because", pa.string(), "what changed in the policy, the signals or the pool to bring it about"),
+        column(
+            "segments",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("position", pa.int32()),
+                        ("kind", pa.string()),
+                        ("sample_id", pa.string()),
+                        ("change", pa.string()),
+                        ("because", pa.string()),
+                    ]
+                )
+            ),
+            "of a document in both snapshots, kept or not: the texts and images that came or went, and why",
+        ),
+    ]
+)
+
 INTERLEAVED = pa.schema(
     [
         DOCUMENT_ID,

@@ -4,7 +4,7 @@ Only what the policy's SQL reads is loaded, shard by shard; no signal is compute
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,7 @@ from storage.record import Record, read_record, write_record
 from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, SignalRef
 from storage.schema import DECISIONS
 from storage.warehouse import Warehouse
+from tasks.curation.conditions import Value
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.judge import Judge, Verdicts, failed_names
 from tasks.curation.parallel import in_order
@@ -131,7 +132,7 @@ def _funnel(verdicts: Verdicts) -> Funnel:
     return count_funnel(
         policy.name,
         conditions=[
-            *((condition.name, _condition_text(policy, condition)) for condition in policy.conditions),
+            *((condition.name, condition_text(condition, policy.parameters)) for condition in policy.conditions),
             *((rule.name, _copies_text(policy, rule)) for rule in policy.decontaminate),
         ],
         rules=[(rule.name, _rule_text(policy, rule)) for rule in policy.duplicates],
@@ -146,13 +147,13 @@ def _funnel(verdicts: Verdicts) -> Funnel:
     )
 
 
-def _condition_text(policy: Policy, condition: Condition | TopFraction) -> str:
-    """A condition as people read it, with the parameters' values."""
+def condition_text(condition: Condition | TopFraction, parameters: Mapping[str, Value]) -> str:
+    """Return a condition as people read it, with the parameters' values."""
     if isinstance(condition, TopFraction):
         text = f"top {condition.top_fraction} of all by {condition.of}"
     else:
         text = condition.sql
-    return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(policy.parameters.get(found[1], found[0])), text)
+    return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(parameters.get(found[1], found[0])), text)
 
 
 def _rule_text(policy: Policy, rule: DuplicateRule) -> str:

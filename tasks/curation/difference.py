@@ -6,6 +6,7 @@ condition changed, and the signals' fingerprints whether a measurement did.
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -18,26 +19,29 @@ from storage.warehouse import Warehouse
 from tasks.curation.funnel import cell
 from tasks.curation.policy import SPLIT_CONFLICT
 
+HELD_OUT = {SPLIT_CONFLICT: "its duplicates were held out"}
+"""Why a split conflict arises, whatever the policies say."""
+
 COLUMNS = ["sample_id", "kept", "failed", "duplicate_of", "duplicate_rule"]
 
 _CHANGES = """
     WITH changed AS (
-        SELECT sample_id, coalesce(new.kept, false) AS added,
-               old.sample_id IS NULL AS is_new, new.sample_id IS NULL AS has_left,
+        SELECT {by}, coalesce(new.kept, false) AS added,
+               old.kept IS NULL AS is_new, new.kept IS NULL AS has_left,
                CASE WHEN new.kept THEN old.failed ELSE new.failed END AS failed,
                CASE WHEN new.kept THEN old.duplicate_of ELSE new.duplicate_of END AS duplicate_of,
                CASE WHEN new.kept THEN old.duplicate_rule ELSE new.duplicate_rule END AS duplicate_rule
-        FROM old FULL JOIN new USING (sample_id)
+        FROM old FULL JOIN new USING ({by})
         WHERE coalesce(old.kept, false) <> coalesce(new.kept, false)
     )
-    SELECT sample_id, CASE WHEN added THEN 'added' ELSE 'removed' END AS change,
-           CASE WHEN is_new THEN 'new_sample' WHEN has_left THEN 'left_pool'
+    SELECT {by}, CASE WHEN added THEN 'added' ELSE 'removed' END AS change,
+           CASE WHEN is_new THEN 'new_{what}' WHEN has_left THEN 'left_pool'
                 WHEN len(failed) > 0 THEN 'condition' ELSE 'duplicate' END AS cause,
            coalesce(failed, []) AS failed, duplicate_of, duplicate_rule,
-           duplicate_of IN (SELECT sample_id FROM new ANTI JOIN old USING (sample_id)) AS survivor_is_new,
-           duplicate_of NOT IN (SELECT sample_id FROM new WHERE kept) AS survivor_is_out
+           duplicate_of IN (SELECT {survivor} FROM new ANTI JOIN old USING ({survivor})) AS survivor_is_new,
+           duplicate_of NOT IN (SELECT {survivor} FROM new WHERE kept AND {survivor} IS NOT NULL) AS survivor_is_out
     FROM changed
-    ORDER BY sample_id
+    ORDER BY {by}
 """
 
 
@@ -50,11 +54,9 @@ def difference(snapshot: SnapshotRef, *, warehouse: Warehouse) -> Outcome[str]:
         return Outcome(snapshot.difference, cached=True)
     new = read_manifest(warehouse, snapshot)
     old = read_manifest(warehouse, SnapshotRef(new.dataset, new.parent)) if new.parent else None
-    with duckdb.connect() as connection:
-        connection.register("old", _decisions(old.decisions if old else (), warehouse))
-        connection.register("new", _decisions(new.decisions, warehouse))
-        changes = connection.sql(_CHANGES).to_arrow_table()
-    because = _Because(old, new)
+    before, after = (_decisions(manifest.decisions if manifest else (), warehouse) for manifest in (old, new))
+    changes = decided_otherwise(before, after, by="sample_id", what="sample")
+    because = _because(old, new)
     texts = [because.text(row) for row in changes.to_pylist()]
     table = changes.select(DIFFERENCE.names[:-1]).append_column("because", pa.array(texts, pa.string()))
     warehouse.write_table(snapshot.difference, table.cast(DIFFERENCE))
@@ -73,48 +75,76 @@ def difference_markdown(snapshot: SnapshotRef, *, warehouse: Warehouse) -> str:
     return "\n".join(lines if rows else [*lines[:2], "Nothing was added or removed."]) + "\n"
 
 
-class _Because:
-    """Says what, between two snapshots, made a sample's decision come out otherwise."""
+def decided_otherwise(old: pa.Table, new: pa.Table, *, by: str, what: str, survivor: str = "sample_id") -> pa.Table:
+    """Return a row for each `what` kept in only one of two decision tables, and from which side of `DIFFERENCE`.
 
-    def __init__(self, old: Manifest | None, new: Manifest) -> None:
-        before, after = old.policy if old else {}, new.policy
-        measured = old.signals if old else {}
-        anew = [name for name, fingerprint in new.signals.items() if measured.get(name) != fingerprint]
-        self._otherwise = f"{', '.join(anew)} measured anew" if anew else "the rest of the pool changed"
-        preferred, prefers = (_with_values(", ".join(p.get("prefer", ())), p) for p in (before, after))
-        self._taken = self._otherwise if preferred == prefers else f"prefer {preferred} became {prefers}"
-        copied = self._otherwise if anew else "the evaluation sets changed"
-        self._conditions = {
-            SPLIT_CONFLICT: "its duplicates were held out",
-            **dict.fromkeys(_texts(after, "decontaminate"), copied),
-            **dict.fromkeys(_texts(after, "limits"), self._taken),
-        }
-        for kind in ("conditions", "decontaminate", "limits"):
-            self._conditions |= _changed_entries(before, after, kind)
-        self._rules = _changed_entries(before, after, "duplicates")
+    `by` are the columns that name it, `survivor` the one that `duplicate_of` refers to. Beside the columns of
+    `DIFFERENCE` there are `survivor_is_new` and `survivor_is_out`, which `Because` reads.
+    """
+    with duckdb.connect() as connection:
+        connection.register("old", old)
+        connection.register("new", new)
+        return connection.sql(_CHANGES.format(by=by, what=what, survivor=survivor)).to_arrow_table()
+
+
+@dataclass(frozen=True)
+class Because:
+    """Says what made a decision come out otherwise.
+
+    `conditions` and `rules` have what changed of each by its name; `otherwise` is the reason where they did not, and
+    `taken`, if that is another one, why of some duplicates not the same one survives.
+    """
+
+    conditions: Mapping[str, str]
+    rules: Mapping[str, str]
+    otherwise: str
+    taken: str | None = None
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """Return why, for one changed sample."""
-        if row["cause"] in ("new_sample", "left_pool"):
+        """Return why, for a row of `decided_otherwise`."""
+        if row["cause"] not in ("condition", "duplicate"):
             return str(row["cause"]).replace("_", " ")
         if row["cause"] == "duplicate":
             return f"{row['duplicate_rule']}: {self._duplicate(row)}"
-        return "; ".join(f"{name}: {self._conditions.get(name, self._otherwise)}" for name in row["failed"])
+        return "; ".join(f"{name}: {self.conditions.get(name, self.otherwise)}" for name in row["failed"])
 
     def _duplicate(self, row: Mapping[str, Any]) -> str:
         if row["survivor_is_new"]:
             return "its survivor is new"
         if row["survivor_is_out"]:
             return "its survivor was removed"
-        return self._rules.get(row["duplicate_rule"], self._taken)
+        return self.rules.get(row["duplicate_rule"], self.taken or self.otherwise)
 
 
-def _changed_entries(before: Mapping[str, Any], after: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Conditions or rules that are not the same in both policies, with what changed."""
+def changed_entries(before: Mapping[str, Any], after: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Return the entries of one kind that are not the same in two policies, by name, with what changed."""
     old, new = _texts(before, kind), _texts(after, kind)
     changed = {name: f"{old[name]} became {new[name]}" for name in old.keys() & new.keys() if old[name] != new[name]}
     changed |= {name: f"no longer asked ({old[name]})" for name in old.keys() - new.keys()}
     return changed | {name: f"newly asked ({new[name]})" for name in new.keys() - old.keys()}
+
+
+def measured_anew(before: Mapping[str, str], after: Mapping[str, str], *, otherwise: str) -> str:
+    """Return which signals have another fingerprint than before, as a reason; `otherwise` if none has."""
+    anew = [name for name, fingerprint in after.items() if before.get(name) != fingerprint]
+    return f"{', '.join(anew)} measured anew" if anew else otherwise
+
+
+def _because(old: Manifest | None, new: Manifest) -> Because:
+    before, after = old.policy if old else {}, new.policy
+    same = "the rest of the pool changed"
+    otherwise = measured_anew(old.signals if old else {}, new.signals, otherwise=same)
+    preferred, prefers = (_with_values(", ".join(p.get("prefer", ())), p) for p in (before, after))
+    taken = otherwise if preferred == prefers else f"prefer {preferred} became {prefers}"
+    copied = "the evaluation sets changed" if otherwise == same else otherwise
+    conditions = {
+        **HELD_OUT,
+        **dict.fromkeys(_texts(after, "decontaminate"), copied),
+        **dict.fromkeys(_texts(after, "limits"), taken),
+    }
+    for kind in ("conditions", "decontaminate", "limits"):
+        conditions |= changed_entries(before, after, kind)
+    return Because(conditions, changed_entries(before, after, "duplicates"), otherwise, taken)
 
 
 def _texts(policy: Mapping[str, Any], kind: str) -> dict[str, str]:

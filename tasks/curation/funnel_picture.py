@@ -18,8 +18,8 @@ def draw_funnel(funnel: Funnel, path: Path) -> None:
         funnel_figure(funnel).savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def funnel_figure(funnel: Funnel) -> Figure:
-    """Return the funnel as a bar chart: what is left after each stage, and what it took."""
+def funnel_figure(funnel: Funnel, what: str = "samples") -> Figure:
+    """Return the funnel as a bar chart: what is left after each stage, and what it took; `what` is what it counts."""
     stages = funnel.stages
     left = [funnel.samples, *(stage.remaining for stage in stages)]
     whole = max(1, funnel.samples)
@@ -41,6 +41,6 @@ def funnel_figure(funnel: Funnel) -> Figure:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(
-        f"{funnel.policy}: {funnel.kept:,} of {funnel.samples:,} samples kept", loc="left", color=TEXT, fontsize=11
+        f"{funnel.policy}: {funnel.kept:,} of {funnel.samples:,} {what} kept", loc="left", color=TEXT, fontsize=11
     )
     return figure

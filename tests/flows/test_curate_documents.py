@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.artifacts import Artifact
 
 from flows.curate_documents import curate_documents
 from storage.catalog import connect
+from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.curation.conditions import PolicyError
 from tasks.curation.sample_documents import write_sample_documents
@@ -42,6 +44,12 @@ def test_obelics_documents_are_curated_and_a_second_run_publishes_nothing(tmp_pa
     assert name == "pages@1"
     assert [key for key, *_ in rows] == [d.key for d in planted if d.fault not in ("foreign", "no_images")]
     assert run(tmp_path, "obelics", **options) == (name, rows)
+    warehouse = Warehouse(str(tmp_path / "warehouse"))
+    report = Artifact.get("report-pages")
+    assert report is not None
+    assert f"[Report on pages@1: {warehouse.uri(SnapshotRef('pages', 1).report)}]" in str(report.data)
+    page = warehouse.read_bytes(SnapshotRef("pages", 1).report).decode()
+    assert f"keeps <strong>{len(rows)}</strong> of 18 documents" in page
 
 
 def test_mmc4_documents_are_curated_with_their_images_before_their_sentences(tmp_path: Path) -> None:
@@ -54,6 +62,13 @@ def test_mmc4_documents_are_curated_with_their_images_before_their_sentences(tmp
     moved, other = run(tmp_path, "mmc4", signals=signals, policy_parameters={"similarity_min": -1}, order="dom")
     assert moved == "pages@2"
     assert all(texts[-1] is None for key, _, texts, _ in other if planted[0].key == key)
+    with connect(Warehouse(str(tmp_path / "warehouse"))) as catalog:
+        query = "SELECT change, cause, because FROM document_differences WHERE snapshot = 2 AND key = ?"
+        found = catalog.execute(query, [planted[0].key]).fetchall()
+    assert found == [("changed", "order", "order: matched became dom")]
+    difference = Artifact.get("difference-pages")
+    assert difference is not None
+    assert "| changed | order: matched became dom" in str(difference.data)
 
 
 def test_a_policy_that_needs_what_is_not_measured_is_refused_before_anything_is_read(tmp_path: Path) -> None:

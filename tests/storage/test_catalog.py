@@ -15,8 +15,8 @@ from storage.snapshot import Draft, FileEntry, commit
 from storage.warehouse import Warehouse
 
 VIEWS = [
-    *("samples", "quarantine", "signals", "embeddings", "pairs", "decisions", "curated", "snapshots"),
-    *("documents", "document_decisions", "node_decisions", "interleaved"),
+    *("samples", "quarantine", "signals", "embeddings", "pairs", "decisions", "curated", "snapshots", "differences"),
+    *("documents", "document_decisions", "node_decisions", "interleaved", "document_differences"),
     *("preflights", "runs", "evaluations", "merges", "lineage"),
 ]
 

@@ -28,15 +28,18 @@ from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import Expression, evaluate, locked_connection, refused_value
+from tasks.curation.decide import condition_text
 from tasks.curation.funnel import Funnel, count_funnel
 from tasks.curation.interleaved.document_columns import document_columns
+from tasks.curation.interleaved.image_funnel import ImageCounts, image_funnel
 from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
 from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy
 from tasks.curation.interleaved.texts import measure_whole, read_texts, text_columns, text_refs
 from tasks.curation.judge import failed_names
+from tasks.curation.policy import Condition
 from tasks.curation.signals.contract import Signal
 
-VERSION = 1
+VERSION = 2
 
 
 def decide_documents(
@@ -52,7 +55,8 @@ def decide_documents(
 
     `images` are the decisions of `policy.image_policy` on the images, made from `signals`; `texts` the text signals,
     measured of every segment. Documents are judged by what stays of them: of its text the signals are measured here,
-    unless they were before, and stand beside the decisions. The record holds the funnels.
+    unless they were before, and stand beside the decisions. The record holds the funnels of documents, texts and
+    images.
 
     Raises `PolicyError` if the policy does not fit the signals, and `EvidenceError` if something was not measured.
     """
@@ -63,23 +67,25 @@ def decide_documents(
     checked = policy.check(measured, text_columns(texts))
     similarity = _similarity(signals) if policy.order == "matched" else None
     judge = _Judge(checked, images, texts, similarity, warehouse)
-    parts, text_bits = [], []
+    parts, text_bits, placed = [], [], ImageCounts(0, 0)
     with locked_connection() as connection:
         for shard in documents.shards:
             judged = judge.shard(shard, connection)
             warehouse.write_table(ref.nodes(shard), judged.nodes)
             parts.append(judged.documents)
             text_bits.append(judged.text_bits)
+            placed += ImageCounts.of(judged.nodes)
     funnel = _write_documents(ref, documents, checked, parts, texts, warehouse)
     of_texts = count_funnel(
-        f"{policy.name}: texts",
-        conditions=[(condition.name, condition.sql) for condition in policy.texts],
+        policy.name,
+        conditions=_texts_of(policy, policy.texts),
         rules=[],
         failed=(bits := np.concatenate(text_bits)),
         taken_by=np.full(len(bits), -1),
     )
     config, inputs = _depends_on(documents, policy, images, signals, texts)
-    result = {"documents": funnel.as_dict(), "texts": of_texts.as_dict()}
+    of_images = image_funnel(_funnel(images, warehouse), placed, policy)
+    result = {"documents": funnel.as_dict(), "texts": of_texts.as_dict(), "images": of_images.as_dict()}
     write_record(
         warehouse, ref.record, Record("decide documents", ref.fingerprint, config, inputs, funnel.counts, result)
     )
@@ -113,6 +119,13 @@ def _depends_on(
         "texts": [[signal.signal, signal.fingerprint] for signal in text_refs(texts)],
     }
     return config, inputs
+
+
+def _funnel(images: DecisionsRef, warehouse: Warehouse) -> Funnel:
+    record = read_record(warehouse, images.record)
+    if record is None:
+        raise EvidenceError(f"{images.folder} holds no decisions. Decide on the documents' images first.")
+    return Funnel.from_dict(record.result)
 
 
 def _similarity(signals: Sequence[SignalRef]) -> SignalRef:
@@ -150,7 +163,7 @@ class _Judge:
         policy = self.checked.policy
         documents = self.warehouse.read_table(shard.path)
         rows = documents.to_pylist()
-        segments = read_texts(shard, self.texts, warehouse=self.warehouse)
+        segments = read_texts(shard, text_refs(self.texts), warehouse=self.warehouse)
         bits = self._failed(connection, self.checked.texts, segments)
         failed = iter(failed_names(bits, [condition.name for condition in policy.texts]).to_pylist())
         images = self._images(shard)
@@ -234,11 +247,16 @@ def _write_documents(
         warehouse.write_table(ref.documents(shard), table)
     return count_funnel(
         policy.name,
-        conditions=[(condition.name, condition.sql) for condition in policy.documents],
+        conditions=_texts_of(policy, policy.documents),
         rules=[(rule, f"one per {rule}") for rule in policy.one_per],
         failed=failed,
         taken_by=np.array([-1 if rule is None else policy.one_per.index(rule) for rule in rules], np.int64),
     )
+
+
+def _texts_of(policy: DocumentPolicy, conditions: Sequence[Condition]) -> list[tuple[str, str]]:
+    """Names of conditions with the text that people read."""
+    return [(condition.name, condition_text(condition, policy.parameters)) for condition in conditions]
 
 
 def _one_per(every: pa.Table, checked: CheckedDocumentPolicy) -> tuple[list[str | None], list[str | None]]:

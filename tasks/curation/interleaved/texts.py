@@ -60,13 +60,13 @@ def measure_texts(
     return [Outcome(ref, cached=ref not in missing) for ref in refs]
 
 
-def read_texts(shard: DocumentShardRef, signals: Sequence[Signal], *, warehouse: Warehouse) -> pa.Table:
-    """Return document_id, position, text and the columns of all signals, a row a text segment in order.
+def read_texts(shard: DocumentShardRef, refs: Sequence[TextSignalRef], *, warehouse: Warehouse) -> pa.Table:
+    """Return document_id, position, text and the columns of all text signals, a row a text segment in order.
 
     Raises `EvidenceError` if a signal was not measured for the shard.
     """
     table = read_segments(shard, warehouse=warehouse)
-    for ref in text_refs(signals):
+    for ref in refs:
         if not warehouse.exists(ref.table(shard)):
             raise EvidenceError(
                 f"{ref.table(shard)} is missing: signal {ref.signal} was not measured for the texts of shard "

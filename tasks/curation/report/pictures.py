@@ -6,9 +6,9 @@ Samples are chosen by their ids, which are hashes: a fair choice, and the same o
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import numpy as np
@@ -17,7 +17,9 @@ from PIL import Image, ImageOps
 
 from storage.refs import ShardRef
 from storage.warehouse import Warehouse
-from tasks.curation.report.measured import Measured
+from tasks.curation.report.measured import Measure, Measured
+
+T = TypeVar("T")
 
 SHARDS = 16
 """Shards that pictures are taken from, so that a report on a large pool reads some of its images only."""
@@ -64,18 +66,28 @@ class Pictures:
     groups: tuple[Group, ...]
 
 
-def take_pictures(measured: Measured, conditions: Collection[str], *, warehouse: Warehouse) -> Pictures:
-    """Choose samples from the first `SHARDS` shards by name, a hash, and read their images."""
+def take_pictures(
+    measured: Measured,
+    conditions: Collection[str],
+    *,
+    warehouse: Warehouse,
+    most_kept: int = KEPT,
+    most_rejected: int = REJECTED,
+) -> Pictures:
+    """Choose samples from the first `SHARDS` shards by name, a hash, and read their images.
+
+    At most so many that are kept, and so many that each of the conditions rejects.
+    """
     samples = measured.samples.append_column("place", pa.array(np.arange(len(measured.samples))))
     with duckdb.connect() as connection:
         connection.register("every", samples)
         connection.execute(f"CREATE VIEW near AS SELECT * FROM every WHERE shard < {SHARDS}")
-        kept = _column(connection, f"SELECT place FROM near WHERE kept ORDER BY sample_id LIMIT {KEPT}")
+        kept = _column(connection, f"SELECT place FROM near WHERE kept ORDER BY sample_id LIMIT {most_kept}")
         rejected = {
             name: _column(
                 connection,
                 "SELECT place FROM near WHERE list_contains(failed, $name) "
-                f"ORDER BY len(failed), sample_id LIMIT {REJECTED}",
+                f"ORDER BY len(failed), sample_id LIMIT {most_rejected}",
                 name=name,
             )
             for name in conditions
@@ -100,7 +112,7 @@ def take_pictures(measured: Measured, conditions: Collection[str], *, warehouse:
         tuple(
             Group(
                 pictures[survivor],
-                tuple((pictures[m["place"]], f"{m['rule']}, distance {m['distance']:.3g}") for m in members),
+                tuple((pictures[m["place"]], _joined_by(m)) for m in members),
                 size,
             )
             for survivor, size, members in groups
@@ -108,15 +120,15 @@ def take_pictures(measured: Measured, conditions: Collection[str], *, warehouse:
     )
 
 
-def thumbnail(data: bytes | None) -> str | None:
-    """Return an image as the data URL of a JPEG of at most `SIDE` pixels a side, or None if it can't be decoded."""
+def thumbnail(data: bytes | None, side: int = SIDE) -> str | None:
+    """Return an image as the data URL of a JPEG of at most `side` pixels a side, or None if it can't be decoded."""
     try:
         with Image.open(io.BytesIO(data or b"")) as image:
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))
+            image.draft("RGB", (2 * side, 2 * side))
             upright = ImageOps.exif_transpose(image).convert("RGBA")
     except Exception:  # a decoder's errors have no common type, and a report must not fail for one image
         return None
-    upright.thumbnail((SIDE, SIDE))
+    upright.thumbnail((side, side))
     ground = Image.new("RGBA", upright.size, "white")
     target = io.BytesIO()
     Image.alpha_composite(ground, upright).convert("RGB").save(target, "JPEG", quality=QUALITY)
@@ -129,7 +141,7 @@ def _column(connection: duckdb.DuckDBPyConnection, query: str, **parameters: str
 
 def _read(measured: Measured, wanted: Collection[int], warehouse: Warehouse) -> dict[int, Picture]:
     """The pictures of some samples by their place; one row group of images in memory at a time."""
-    places = pa.array(sorted(wanted))
+    places = pa.array(sorted(wanted), pa.int64())
     rows = measured.samples.select(["shard", "row", "failed"]).take(places).to_pylist()
     by_shard: dict[int, dict[int, int]] = defaultdict(dict)
     failed = {}
@@ -138,20 +150,23 @@ def _read(measured: Measured, wanted: Collection[int], warehouse: Warehouse) -> 
         failed[at] = tuple(row["failed"])
     pictures = {}
     for shard, places_by_row in by_shard.items():
-        for at, sample in _samples(measured.shards[shard], places_by_row, warehouse):
+        for at, sample in read_samples(measured.shards[shard], places_by_row, warehouse=warehouse):
             pictures[at] = Picture(
                 sample["sample_id"],
                 sample["key"],
-                _shortened(sample["caption"] or ""),
+                shortened(sample["caption"] or ""),
                 thumbnail(sample["image"]["bytes"]),
-                tuple((m.conditions, f"{m.values[at]:.3g}") for m in measured.measures if np.isfinite(m.values[at])),
+                values_of(measured.measures, at),
                 failed[at],
             )
     return pictures
 
 
-def _samples(shard: ShardRef, wanted: Mapping[int, int], warehouse: Warehouse) -> list[tuple[int, dict[str, Any]]]:
-    """(place, row) of a shard's wanted rows, `wanted` being the place by the row's number."""
+def read_samples(shard: ShardRef, wanted: Mapping[int, T], *, warehouse: Warehouse) -> list[tuple[T, dict[str, Any]]]:
+    """Return (value, sample) for some rows of a shard; `wanted` has a value by the row's number.
+
+    One row group of images is in memory at a time.
+    """
     found, begin = [], 0
     with warehouse.open_parquet(shard.path) as file:
         for group in range(file.num_row_groups):
@@ -165,6 +180,18 @@ def _samples(shard: ShardRef, wanted: Mapping[int, int], warehouse: Warehouse) -
     return found
 
 
-def _shortened(text: str) -> str:
+def values_of(measures: Iterable[Measure], row: int) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Return, of each measure that the row has and that conditions judge by, these and the number as text."""
+    judging = (measure for measure in measures if measure.conditions)
+    return tuple((m.conditions, f"{m.values[row]:.3g}") for m in judging if np.isfinite(m.values[row]))
+
+
+def shortened(text: str, length: int = MAX_CAPTION) -> str:
+    """Return text on one line, cut where it is too long."""
     text = " ".join(text.split())
-    return text if len(text) <= MAX_CAPTION else text[: MAX_CAPTION - 1] + "…"
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _joined_by(member: Mapping[str, Any]) -> str:
+    distance = member["distance"]
+    return str(member["rule"]) if distance is None else f"{member['rule']}, distance {distance:.3g}"

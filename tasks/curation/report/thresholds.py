@@ -1,12 +1,21 @@
 """Where a policy draws its lines: what its conditions compare with numbers, and which, for drawing both."""
 
 import json
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import duckdb
 
 from tasks.curation.conditions import Value
+
+ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+"""What a threshold may be made of, as in `1 - $special_max`."""
 
 _BEFORE = "SELECT (\n"
 
@@ -49,6 +58,12 @@ def _compared(tree: Any, parameters: Mapping[str, Value]) -> Iterator[tuple[dict
 
 
 def _number(node: Mapping[str, Any], parameters: Mapping[str, Value]) -> float | None:
+    if node["class"] == "FUNCTION" and node["function_name"] in ARITHMETIC and len(node["arguments"]) == 2:
+        sides = [argument["expression"] for argument in node["arguments"]]
+        left, right = (_number(child, parameters) for child in sides)
+        if left is None or right is None or (node["function_name"] == "/" and right == 0):
+            return None
+        return ARITHMETIC[node["function_name"]](left, right)
     if node["class"] == "PARAMETER":
         value = parameters.get(node["identifier"])
         return None if value is None or isinstance(value, str) else float(value)

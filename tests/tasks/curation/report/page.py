@@ -11,6 +11,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.text = ""
+        self._parts: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -18,6 +19,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        self._parts += data.split()
+
+    @property
+    def words(self) -> str:
+        """The text with one space between words and between tags."""
+        return " ".join(self._parts)
 
     def all(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.tags if name == tag]
