@@ -12,6 +12,7 @@ from storage.catalog import write_catalog
 from storage.refs import EvaluationRef, Outcome, RunRef, SnapshotRef
 from storage.snapshot import find_snapshot
 from storage.warehouse import Warehouse
+from tasks.curation.funnel import cell
 from tasks.evaluation import generate as generating
 from tasks.training.recipe import Recipe, load_recipe
 
@@ -79,8 +80,10 @@ def report(evaluation: EvaluationRef, *, warehouse: Warehouse) -> None:
         "",
         "| expected | answered | |",
         "|---|---|---|",
-        *(f"| {a['expected']} | {a['answer']} | {'✓' if a['correct'] else '✗'} |" for a in answers),
+        *(f"| {cell(a['expected'])} | {cell(a['answer'])} | {'✓' if a['correct'] else '✗'} |" for a in answers),
     ]
     create_markdown_artifact(
-        key=f"evaluation-{evaluation.evaluation_id}", markdown="\n".join(lines), description="Exact match"
+        key=f"evaluation-{evaluation.evaluation_id}",
+        markdown="\n".join(lines),
+        description=f"Exact match of {model} on {row['dataset']}@{row['snapshot']} {row['split']}",
     )
