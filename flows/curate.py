@@ -76,6 +76,7 @@ def curate(
         source_settings: How the source is read, if that can't be told from it.
     """
     store = Warehouse(warehouse)
+    store.check_writable()
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
     if blur_faces and "faces" not in signals.measure:

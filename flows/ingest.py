@@ -27,6 +27,7 @@ def ingest(
         source_settings: How the source is read, if that can't be told from it.
     """
     store = Warehouse(warehouse)
+    store.check_writable()
     samples = ingest_source(source, pool=pool, warehouse=store, settings=source_settings)
     write_catalog(store)
     return samples

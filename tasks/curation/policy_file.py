@@ -20,7 +20,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.load(find_path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise PolicyError(
-            f"{path}: there is no such policy file seen from {Path.cwd()}. Shipped ones lie in deployments/policies."
+            f"{path.absolute()}: there is no such policy file. Shipped ones lie in deployments/policies."
         ) from None
     except OSError as error:
         raise PolicyError(f"{path}: can't be read: {error.strerror}. Give the path of a YAML file.") from None

@@ -295,7 +295,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         data = yaml.safe_load(find_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"{path}: there is no such recipe file seen from {Path.cwd()}. Shipped ones lie in deployments/recipes."
+            f"{path.absolute()}: there is no such recipe file. Shipped ones lie in deployments/recipes."
         ) from None
     except OSError as error:
         raise RecipeError(f"{path}: can't be read: {error.strerror}. Give the path of a YAML file.") from None

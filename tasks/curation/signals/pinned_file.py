@@ -24,7 +24,7 @@ class PinnedFile(BaseModel):
 
     file: str = Field(description="path, https://… URL, or hf://owner/name/path of a file in a Hugging Face repository")
     sha256: str = Field(
-        pattern=r"^[0-9a-f]{64}$", description="sha256 of the file, 64 hex digits, as sha256sum prints it"
+        pattern=r"^[0-9a-f]{64}$", description="sha256 of the file as sha256sum prints it: 64 hex digits"
     )
 
     def path(self) -> Path:
