@@ -6,7 +6,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import task_run
 
-from flows.steps import Name, step, taken
+from flows.steps import AtLeastOne, Name, step, taken
 from flows.train import RecipeChanges, changed
 from storage.catalog import write_catalog
 from storage.refs import EvaluationRef, Outcome, RunRef, SnapshotRef
@@ -21,11 +21,11 @@ from tasks.training.recipe import Recipe, load_recipe
 def evaluate(
     dataset: Name,
     run: str | None = None,
-    snapshot: int | None = None,
+    snapshot: AtLeastOne | None = None,
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
     split: Literal["train", "validation", "test"] = "test",
-    limit: int | None = None,
+    limit: AtLeastOne | None = None,
     warehouse: str = "warehouse",
 ) -> EvaluationRef:
     """Measure exact match on held-out samples, with a 95 % interval.

@@ -7,7 +7,7 @@ from prefect import flow
 from flows.curate import curate
 from flows.evaluate import evaluate
 from flows.merge import merge
-from flows.steps import Name
+from flows.steps import AtLeastOne, Name
 from flows.train import RecipeChanges, train
 from storage.refs import EvaluationRef, MergeRef, RunRef, SnapshotRef
 from tasks.curation.signals import SignalSettings
@@ -35,7 +35,7 @@ def pipeline(
     signals: SignalSettings = SignalSettings(),
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
-    limit: int | None = None,
+    limit: AtLeastOne | None = None,
     warehouse: str = "warehouse",
     source_settings: SourceSettings = SourceSettings(),
 ) -> PipelineResult:

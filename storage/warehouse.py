@@ -161,7 +161,7 @@ class Warehouse:
             yield target
 
     def check_writable(self) -> None:
-        """Raise `WarehouseError` if nothing can be written to a local root; a remote one shows it at the first object."""
+        """Raise `WarehouseError` if nothing can be written to a local root; a remote one tells at the first object."""
         try:
             with self.workspace():
                 pass

@@ -7,10 +7,18 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect import Flow
+from prefect.exceptions import ParameterTypeError
 
+from flows.compare import compare
+from flows.evaluate import evaluate
 from flows.ingest import ingest
+from flows.pipeline import pipeline
+from storage.warehouse import WarehouseError
 from tasks.curation.sources.contract import SourceError
 from tests.tasks.curation.images import encoded, photograph
+
+POLICY = "deployments/policies/datacomp_basic.yaml"
 
 KEPT_ERROR = """
 import builtins
@@ -60,3 +68,16 @@ def test_the_message_is_the_last_thing_that_a_failed_script_prints(tmp_path: Pat
         command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120, check=True
     )
     assert "leaked" not in done.stderr
+
+
+def test_comparing_policies_on_a_pool_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    warehouse = str(tmp_path / "warehouse")
+    ingest("pets", write_parquet(tmp_path / "a", image=[encoded(photograph(), "JPEG")], caption=["a"]), warehouse)
+    with pytest.raises(WarehouseError, match=r"there is no pool 'pet' \(pools: pets\)"):
+        compare("pet", POLICY, POLICY, signals={"measure": ["size", "caption", "language"]}, warehouse=warehouse)
+
+
+@pytest.mark.parametrize("flow", [evaluate, pipeline])
+def test_answering_no_prompt_is_refused_before_anything_runs(flow: Flow) -> None:
+    with pytest.raises(ParameterTypeError, match="limit"):
+        flow("pets", limit=0)
