@@ -66,6 +66,12 @@ def compare(
     create_markdown_artifact(
         key=artifact_key("comparison", pool),
         markdown=found.markdown(),
-        description=f"{policies[0].name} (a) beside {policies[1].name} (b) on {pool}",
+        description=f"a: {told(policy_a, parameters_a)}; b: {told(policy_b, parameters_b)}; on {pool}",
     )
     return found
+
+
+def told(policy: str, parameters: dict[str, float | str] | None) -> str:
+    """A policy file with the parameters that were given for it."""
+    given = ", ".join(f"{name} {value}" for name, value in (parameters or {}).items())
+    return f"{policy} with {given}" if given else policy

@@ -247,8 +247,7 @@ def _why_empty(source: str | None, pool: str, warehouse: Warehouse) -> str:
     if not reasons:
         return f"{source} has no rows."
     write_catalog(warehouse)
-    listing = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
-    return f"No row of {source} can be used: {listing}. The catalog's view quarantine says more of each."
+    return f"No row of {source} can be used: {reasons}. The catalog's view quarantine says more of each."
 
 
 def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) -> list[SignalRef]:
@@ -310,10 +309,11 @@ def tell_of(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
 
 def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
     """Publish the funnel, what changed and a link to the report as artifacts."""
-    funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
+    manifest = read_manifest(warehouse, snapshot)
+    funnel = Funnel.from_dict(manifest.funnel)
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),
-        markdown=funnel_markdown(funnel),
+        markdown=funnel_markdown(funnel) + quarantine_markdown(warehouse, manifest.pool),
         description=f"Funnel of {snapshot}",
     )
     create_markdown_artifact(
@@ -329,3 +329,9 @@ def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
         link_text=f"Report on {snapshot}: {location}",
         description=f"Report on {snapshot}",
     )
+
+
+def quarantine_markdown(warehouse: Warehouse, pool: str) -> str:
+    """Say which rows of the pool's sources never became samples; nothing if all did."""
+    reasons = quarantine_reasons(warehouse, pool)
+    return f"\nIn quarantine, because they can't be read: {reasons}.\n" if reasons else ""

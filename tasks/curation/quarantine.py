@@ -13,11 +13,11 @@ from tasks.curation.sources.text import valid_text
 MAX_DETAIL_CHARACTERS = 500
 
 
-def quarantine_reasons(warehouse: Warehouse, pool: str) -> dict[str, int]:
-    """Return how many rows a pool's quarantine holds for each reason, the most frequent first."""
+def quarantine_reasons(warehouse: Warehouse, pool: str) -> str:
+    """Return the reasons in a pool's quarantine with their counts, the most frequent first; empty if it is empty."""
     paths = [f"quarantine/{pool}/{name}" for name in warehouse.names(f"quarantine/{pool}")]
     reasons = warehouse.read_tables(paths, QUARANTINE, ["reason"])["reason"].to_pylist()
-    return dict(Counter(reasons).most_common())
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).most_common())
 
 
 def quarantine_row(fault: Fault, path: str) -> dict[str, Any]:

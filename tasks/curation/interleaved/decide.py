@@ -28,7 +28,7 @@ from storage.schema import DOCUMENT_DECISIONS, NODE_DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import Expression, evaluate, locked_connection, refused_value
-from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.funnel import Funnel, count_funnel, with_values
 from tasks.curation.interleaved.document_columns import document_columns
 from tasks.curation.interleaved.nodes import Node, Placement, judge_segments
 from tasks.curation.interleaved.policy import CheckedDocumentPolicy, DocumentPolicy
@@ -73,7 +73,7 @@ def decide_documents(
     funnel = _write_documents(ref, documents, checked, parts, texts, warehouse)
     of_texts = count_funnel(
         f"{policy.name}: texts",
-        conditions=[(condition.name, condition.sql) for condition in policy.texts],
+        conditions=[(condition.name, with_values(condition.sql, policy.parameters)) for condition in policy.texts],
         rules=[],
         failed=(bits := np.concatenate(text_bits)),
         taken_by=np.full(len(bits), -1),
@@ -234,7 +234,7 @@ def _write_documents(
         warehouse.write_table(ref.documents(shard), table)
     return count_funnel(
         policy.name,
-        conditions=[(condition.name, condition.sql) for condition in policy.documents],
+        conditions=[(condition.name, with_values(condition.sql, policy.parameters)) for condition in policy.documents],
         rules=[(rule, f"one per {rule}") for rule in policy.one_per],
         failed=failed,
         taken_by=np.array([-1 if rule is None else policy.one_per.index(rule) for rule in rules], np.int64),
