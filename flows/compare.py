@@ -5,8 +5,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from flows.curate import check_policy, cluster_pool, evaluation_sets, pair_pool, score_pool
 from flows.steps import Name, artifact_key, task_runner
-from storage.pool import read_pool
-from storage.warehouse import Warehouse
+from storage.pool import pool_names, read_pool
+from storage.warehouse import Warehouse, WarehouseError
 from tasks.curation import whatif
 from tasks.curation.decontaminate import beside
 from tasks.curation.policy import load_policy
@@ -45,6 +45,11 @@ def compare(
     for policy in policies:
         check_policy(policy, measures)
     samples = read_pool(store, pool)
+    if not samples.shards:
+        raise WarehouseError(
+            f"{store.root}: there is no pool {pool!r} (pools: {', '.join(pool_names(store)) or 'none'}). "
+            "Ingest a source into it first."
+        )
     evidence = score_pool(samples, measures, warehouse=store)
     reach: dict[str, float] = {}
     for policy in policies:
@@ -61,6 +66,12 @@ def compare(
     create_markdown_artifact(
         key=artifact_key("comparison", pool),
         markdown=found.markdown(),
-        description=f"{policies[0].name} (a) beside {policies[1].name} (b) on {pool}",
+        description=f"a: {told(policy_a, parameters_a)}; b: {told(policy_b, parameters_b)}; on {pool}",
     )
     return found
+
+
+def told(policy: str, parameters: dict[str, float | str] | None) -> str:
+    """A policy file with the parameters that were given for it."""
+    given = ", ".join(f"{name} {value}" for name, value in (parameters or {}).items())
+    return f"{policy} with {given}" if given else policy

@@ -35,11 +35,12 @@ from tasks.curation.pairs.exact import find_exact_pairs
 from tasks.curation.pairs.perceptual import find_perceptual_pairs
 from tasks.curation.pairs.semantic import find_semantic_pairs
 from tasks.curation.policy import SEMANTIC, Policy, PolicyError, load_policy
+from tasks.curation.quarantine import quarantine_reasons
 from tasks.curation.report import write_report
 from tasks.curation.score import score_shard
 from tasks.curation.signals import Signal, SignalSettings, build_signals
-from tasks.curation.sources.contract import SourceFile
-from tasks.curation.sources.find import find_source_files
+from tasks.curation.sources.contract import SourceError, SourceFile
+from tasks.curation.sources.settings import SourceSettings
 
 PAIR_DISTANCE = {"perceptual": 4, SEMANTIC: 0.1}
 """How far pairs are looked for at least, bits or 1 - cosine, so that a policy can choose among them."""
@@ -58,6 +59,7 @@ def curate(
     signals: SignalSettings = SignalSettings(),
     warehouse: str = "warehouse",
     blur_faces: bool = False,
+    source_settings: SourceSettings = SourceSettings(),
 ) -> SnapshotRef:
     """Sieve a pool of image-caption pairs and publish what passes as the dataset's next snapshot.
 
@@ -71,15 +73,17 @@ def curate(
         signals: What to measure and with which models.
         warehouse: Folder or URL of the warehouse.
         blur_faces: Publish images with the faces in them blurred; `faces` must be among the signals to measure.
+        source_settings: How the source is read, if that can't be told from it.
     """
     store = Warehouse(warehouse)
+    store.check_writable()
     rules = load_policy(policy).with_parameters(policy_parameters or {})
     measures = build_signals(signals)
     if blur_faces and "faces" not in signals.measure:
         raise ValueError("blur_faces needs to know where faces are. Add faces to the signals to measure.")
     check_policy(rules, measures)
 
-    samples = ingest_source(source, pool=pool or dataset, warehouse=store)
+    samples = ingest_source(source, pool=pool or dataset, warehouse=store, settings=source_settings)
     evidence = score_pool(samples, measures, warehouse=store)
     held_out = evaluation_sets(rules, measures, warehouse=store)
     compared = beside(samples, held_out)
@@ -101,7 +105,10 @@ def curate(
 @step(task_run_name="ingest {name}", retries=2, retry_delay_seconds=5)
 def ingest(name: str, files: tuple[SourceFile, ...], *, pool: str, warehouse: Warehouse) -> Outcome[list[IngestedFile]]:
     """Add the new samples of some source files to the pool."""
-    return together(ingest_file(file, pool=pool, warehouse=warehouse) for file in files)
+    outcome = together(ingest_file(file, pool=pool, warehouse=warehouse) for file in files)
+    for file in outcome.ref:
+        get_run_logger().info("%s", file)
+    return outcome
 
 
 @step(task_run_name="score {name}", retries=1)
@@ -220,15 +227,27 @@ def check_pairs(policy: Policy, signals: list[Signal]) -> None:
 # -- many task runs of one step -------------------------------------------------------------------------------
 
 
-def ingest_source(source: str | None, *, pool: str, warehouse: Warehouse) -> PoolRef:
+def ingest_source(
+    source: str | None, *, pool: str, warehouse: Warehouse, settings: SourceSettings = SourceSettings()
+) -> PoolRef:
     """Ingest a source file by file, in order, and return the pool as it then is."""
-    for files in in_groups(find_source_files(source) if source else []):
+    for files in in_groups(settings.find(source) if source else []):
         ingest.submit(PurePosixPath(files[0].uri).name, files, pool=pool, warehouse=warehouse).result()
     samples = read_pool(warehouse, pool)
     if not samples.shards:
-        raise ValueError(f"{warehouse.root}: pool {pool!r} is empty. Give a source to ingest.")
+        raise SourceError(f"{warehouse.root}: pool {pool!r} is empty. {_why_empty(source, pool, warehouse)}")
     get_run_logger().info("Pool %s: %d samples in %d shards", pool, samples.rows, len(samples.shards))
     return samples
+
+
+def _why_empty(source: str | None, pool: str, warehouse: Warehouse) -> str:
+    if not source:
+        return "Give a source to ingest."
+    reasons = quarantine_reasons(warehouse, pool)
+    if not reasons:
+        return f"{source} has no rows."
+    write_catalog(warehouse)
+    return f"No row of {source} can be used: {reasons}. The catalog's view quarantine says more of each."
 
 
 def score_pool(pool: PoolRef, signals: list[Signal], *, warehouse: Warehouse) -> list[SignalRef]:
@@ -290,10 +309,11 @@ def tell_of(snapshot: SnapshotRef, *, warehouse: Warehouse) -> None:
 
 def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
     """Publish the funnel, what changed and a link to the report as artifacts."""
-    funnel = Funnel.from_dict(read_manifest(warehouse, snapshot).funnel)
+    manifest = read_manifest(warehouse, snapshot)
+    funnel = Funnel.from_dict(manifest.funnel)
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),
-        markdown=funnel_markdown(funnel),
+        markdown=funnel_markdown(funnel) + quarantine_markdown(warehouse, manifest.pool),
         description=f"Funnel of {snapshot}",
     )
     create_markdown_artifact(
@@ -307,9 +327,16 @@ def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
 def link_report(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
     """Publish a link to a snapshot's report as an artifact."""
     location = warehouse.uri(page)
+    get_run_logger().info("%s: kept %d of %d samples. Report: %s", snapshot, funnel.kept, funnel.samples, location)
     create_link_artifact(
         key=artifact_key("report", snapshot.dataset),
         link=f"file://{location}" if warehouse.is_local else location,
         link_text=f"Report on {snapshot}: {location}",
         description=f"Report on {snapshot}",
     )
+
+
+def quarantine_markdown(warehouse: Warehouse, pool: str) -> str:
+    """Say which rows of the pool's sources never became samples; nothing if all did."""
+    reasons = quarantine_reasons(warehouse, pool)
+    return f"\nIn quarantine, because they can't be read: {reasons}.\n" if reasons else ""

@@ -83,6 +83,7 @@ def curate_documents(
         warehouse: Folder or URL of the warehouse.
     """
     store = Warehouse(warehouse)
+    store.check_writable()
     rules = load_document_policy(policy).with_parameters(policy_parameters or {}).with_order(order)
     measures = build_signals(signals)
     texts = [signal for signal in measures if is_text_signal(signal)]
@@ -135,7 +136,7 @@ def compare(name: str, shards: tuple[DocumentShardRef, ...], clip: Clip, *, ware
     return Outcome(similarity_ref(clip), measured.cached)
 
 
-@step(task_run_name="decide documents by {policy.name}")
+@step(task_run_name="decide texts and documents by {policy.name}")
 def judge(
     documents: DocumentsRef,
     policy: DocumentPolicy,

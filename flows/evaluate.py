@@ -6,12 +6,13 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import task_run
 
-from flows.steps import Name, step, taken
+from flows.steps import AtLeastOne, Name, step, taken
 from flows.train import RecipeChanges, changed
 from storage.catalog import write_catalog
 from storage.refs import EvaluationRef, Outcome, RunRef, SnapshotRef
 from storage.snapshot import find_snapshot
 from storage.warehouse import Warehouse
+from tasks.curation.funnel import cell
 from tasks.evaluation import generate as generating
 from tasks.training.recipe import Recipe, load_recipe
 
@@ -20,11 +21,11 @@ from tasks.training.recipe import Recipe, load_recipe
 def evaluate(
     dataset: Name,
     run: str | None = None,
-    snapshot: int | None = None,
+    snapshot: AtLeastOne | None = None,
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
     split: Literal["train", "validation", "test"] = "test",
-    limit: int | None = None,
+    limit: AtLeastOne | None = None,
     warehouse: str = "warehouse",
 ) -> EvaluationRef:
     """Measure exact match on held-out samples, with a 95 % interval.
@@ -79,8 +80,10 @@ def report(evaluation: EvaluationRef, *, warehouse: Warehouse) -> None:
         "",
         "| expected | answered | |",
         "|---|---|---|",
-        *(f"| {a['expected']} | {a['answer']} | {'✓' if a['correct'] else '✗'} |" for a in answers),
+        *(f"| {cell(a['expected'])} | {cell(a['answer'])} | {'✓' if a['correct'] else '✗'} |" for a in answers),
     ]
     create_markdown_artifact(
-        key=f"evaluation-{evaluation.evaluation_id}", markdown="\n".join(lines), description="Exact match"
+        key=f"evaluation-{evaluation.evaluation_id}",
+        markdown="\n".join(lines),
+        description=f"Exact match of {model} on {row['dataset']}@{row['snapshot']} {row['split']}",
     )

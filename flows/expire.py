@@ -3,13 +3,15 @@
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows.steps import Name, artifact_key
+from flows.steps import AtLeastOne, Name, artifact_key
 from storage import expire as expiring
 from storage.warehouse import Warehouse
 
 
 @flow(name="expire")
-def expire(dataset: Name, keep: int = 10, dry_run: bool = True, warehouse: str = "warehouse") -> expiring.Expired:
+def expire(
+    dataset: Name, keep: AtLeastOne = 10, dry_run: bool = True, warehouse: str = "warehouse"
+) -> expiring.Expired:
     """Remove old snapshots with the files that only they name; those that runs or evaluations used stay.
 
     Args:

@@ -5,6 +5,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from storage.warehouse import Warehouse
 from tasks.curation import explain as explaining
+from tasks.curation.report.pictures import thumbnail
 
 
 @flow(name="explain")
@@ -17,5 +18,10 @@ def explain(sample_id: str, warehouse: str = "warehouse") -> str:
     """
     explanation = explaining.explain(sample_id, warehouse=Warehouse(warehouse))
     text = explanation.markdown()
-    create_markdown_artifact(key=f"sample-{sample_id}", markdown=text, description=f"Sample {explanation.key}")
+    picture = thumbnail(explanation.image)
+    create_markdown_artifact(
+        key=f"sample-{sample_id}",
+        markdown=f"![the image]({picture})\n\n{text}" if picture else text,
+        description=f"Sample {explanation.key}",
+    )
     return text

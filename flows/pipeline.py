@@ -7,10 +7,11 @@ from prefect import flow
 from flows.curate import curate
 from flows.evaluate import evaluate
 from flows.merge import merge
-from flows.steps import Name
+from flows.steps import AtLeastOne, Name
 from flows.train import RecipeChanges, train
 from storage.refs import EvaluationRef, MergeRef, RunRef, SnapshotRef
 from tasks.curation.signals import SignalSettings
+from tasks.curation.sources.settings import SourceSettings
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ def pipeline(
     signals: SignalSettings = SignalSettings(),
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
-    limit: int | None = None,
+    limit: AtLeastOne | None = None,
     warehouse: str = "warehouse",
+    source_settings: SourceSettings = SourceSettings(),
 ) -> PipelineResult:
     """From a source of image-caption pairs to a merged model, every step cached.
 
@@ -50,8 +52,11 @@ def pipeline(
         changes: Values in place of the recipe file's; empty fields keep those.
         limit: Evaluate on only so many prompts.
         warehouse: Folder or URL of the warehouse.
+        source_settings: How the source is read, if that can't be told from it.
     """
-    snapshot = curate(dataset, source, pool, policy, policy_parameters, signals, warehouse)
+    snapshot = curate(
+        dataset, source, pool, policy, policy_parameters, signals, warehouse, source_settings=source_settings
+    )
     trial = {"snapshot": snapshot.number, "recipe": recipe, "changes": changes, "warehouse": warehouse}
     before = evaluate(dataset, limit=limit, **trial)
     run = train(dataset, **trial)

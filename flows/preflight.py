@@ -64,7 +64,8 @@ def _remedies(findings: list[dict[str, Any]]) -> list[str]:
                 f"- **{SIGNS[finding['status']]}: {finding['check']}**, {finding['subject']}. "
                 f"Measured: {_quoted(finding['measured'])}. Wanted: {finding['wanted']}. {finding['remedy']}"
             ]
-    return ["# What to change", *lines, ""] if lines else []
+    head = "# What to change" if any(finding["status"] == "failed" for finding in findings) else "# What to watch"
+    return [head, *lines, ""] if lines else []
 
 
 def _learned(spans: list[dict[str, Any]]) -> list[str]:

@@ -71,7 +71,7 @@ def page(progress: Progress, losses: Sequence[float]) -> str:
             f"| peak memory | {progress.peak_memory_bytes / 2**30:.1f} GiB |",
             f"| time left | {progress.seconds_left / 60:.0f} min |",
             "",
-            f"Loss so far: `{spark(losses)}` {min(losses):.4f} to {max(losses):.4f}",
+            f"Loss so far: `{spark(losses)}` between {min(losses):.4f} and {max(losses):.4f}",
         ]
     )
 

@@ -19,6 +19,9 @@ T = TypeVar("T")
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 """What a dataset or a pool may be called."""
 
+AtLeastOne = Annotated[int, Field(ge=1)]
+"""A count, or a snapshot's number."""
+
 RUNNERS = {"threads": ThreadPoolTaskRunner, "processes": ProcessPoolTaskRunner}
 MAX_TASK_RUNS = 400
 """Most task runs of one kind in a flow run; a Prefect server silently drops some beyond about a thousand."""

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, create_model
 
 from flows.preflight import preflight
 from flows.progress import LiveProgress
-from flows.steps import Name, step, taken
+from flows.steps import AtLeastOne, Name, step, taken
 from storage.catalog import write_catalog
 from storage.refs import Outcome, RunRef, SnapshotRef
 from storage.snapshot import find_snapshot
@@ -30,7 +30,7 @@ RecipeChanges = create_model(  # a form of all the recipe's fields, each optiona
 @flow(name="train")
 def train(
     dataset: Name,
-    snapshot: int | None = None,
+    snapshot: AtLeastOne | None = None,
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),  # noqa: B008 - frozen
     parent_run: str | None = None,

@@ -206,13 +206,14 @@ def _record_view(warehouse: Warehouse, folder: str, file: str, columns: pa.Schem
 def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
     """Every (run, sample it was trained on): from an adapter to its images, and back. Of documents, their images."""
     selects = [
-        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, sample_id, key, source, split "
-        f"FROM read_parquet({_file_list(warehouse, m.curated)})"
+        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, sample_id AS example_id, sample_id, "
+        f"key, source, split FROM read_parquet({_file_list(warehouse, m.curated)})"
         for m in manifests
         if m.curated
     ]
     selects += [
-        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, node.sample_id, key, source, split "
+        f"SELECT {_quote(m.dataset)} AS dataset, {m.number}::BIGINT AS snapshot, document_id AS example_id, "
+        "node.sample_id, key, source, split "
         f"FROM (SELECT unnest(nodes) AS node, * FROM read_parquet({_file_list(warehouse, m.documents)})) "
         "WHERE node.sample_id IS NOT NULL"
         for m in manifests
@@ -223,7 +224,8 @@ def _lineage(warehouse: Warehouse, manifests: list[Manifest]) -> str:
         return _nothing(dict.fromkeys(text, "VARCHAR"))
     return (
         "SELECT run_id, adapter_uri, dataset, snapshot, sample_id, key, source, split FROM runs "
-        f"JOIN ({' UNION ALL '.join(selects)}) USING (dataset, snapshot) WHERE split = 'train'"
+        f"JOIN ({' UNION ALL '.join(selects)}) USING (dataset, snapshot) "
+        f"JOIN ({_record_view(warehouse, 'runs', 'examples.parquet', schema.EXAMPLES)}) USING (run_id, example_id)"
     )
 
 

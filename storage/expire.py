@@ -69,10 +69,10 @@ def _used(warehouse: Warehouse, dataset: str) -> Iterator[int]:
 
 
 def _uncompared(warehouse: Warehouse, dataset: str, snapshots: Iterable[int]) -> Iterator[int]:
-    """Numbers of the parents that snapshots are still to be compared with; those of documents never are."""
+    """Numbers of the parents that snapshots are still to be compared with."""
     for number in snapshots:
         manifest = read_manifest(warehouse, SnapshotRef(dataset, number))
-        if manifest.parent and manifest.decisions and not warehouse.exists(manifest.ref.difference):
+        if manifest.parent and not warehouse.exists(manifest.ref.difference):
             yield manifest.parent
 
 

@@ -212,6 +212,11 @@ class RunRef:
         return f"{self.folder}/tensorboard"
 
     @property
+    def examples(self) -> str:
+        """Parquet table of the samples or documents trained on; see `schema.EXAMPLES`."""
+        return f"{self.folder}/examples.parquet"
+
+    @property
     def table(self) -> str:
         """One-row Parquet table of the `runs` view, written last: it exists when the run finished."""
         return f"{self.folder}/run.parquet"

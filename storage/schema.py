@@ -228,6 +228,14 @@ RUNS = pa.schema(
     ]
 )
 
+EXAMPLES = pa.schema(
+    [
+        column("run_id", pa.string(), "run"),
+        column("example_id", pa.string(), "sample, or interleaved document, that it was trained on"),
+    ]
+)
+"""What a run was given: those of the train split that have a prompt and an answer."""
+
 PREFLIGHTS = pa.schema(
     [
         column("preflight_id", pa.string(), "fingerprint of samples, recipe, base model, device and library versions"),

@@ -160,6 +160,16 @@ class Warehouse:
             self.remote.get(self._key(path), str(target), recursive=self.remote.isdir(self._key(path)))
             yield target
 
+    def check_writable(self) -> None:
+        """Raise `WarehouseError` if nothing can be written to a local root; a remote one tells at the first object."""
+        try:
+            with self.workspace():
+                pass
+        except OSError as error:
+            raise WarehouseError(
+                f"{self.root}: can't be written to ({error.strerror}). Give a folder of yours as the warehouse."
+            ) from None
+
     # -- writing ------------------------------------------------------------------------------------------
 
     @contextmanager

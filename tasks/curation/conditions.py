@@ -232,7 +232,7 @@ def _check_names(
             if name.lower() not in declared:
                 raise PolicyError(
                     f'{what} uses "{name}", which no signal measures.{suggest(name, columns)} '
-                    f"Columns: {', '.join(sorted(columns))}."
+                    f"Columns of what is measured: {', '.join(sorted(columns))}."
                 )
             read.add(declared[name.lower()])
         elif kind == "PARAMETER":

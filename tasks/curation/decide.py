@@ -3,7 +3,6 @@
 Only what the policy's SQL reads is loaded, shard by shard; no signal is computed, so another threshold costs seconds.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
@@ -18,7 +17,7 @@ from storage.refs import DecisionsRef, Outcome, PairsRef, PoolRef, ShardRef, Sig
 from storage.schema import DECISIONS
 from storage.warehouse import Warehouse
 from tasks.curation.conditions import Value
-from tasks.curation.funnel import Funnel, count_funnel
+from tasks.curation.funnel import Funnel, count_funnel, with_values
 from tasks.curation.judge import Judge, Verdicts, failed_names
 from tasks.curation.parallel import in_order
 from tasks.curation.policy import Balance, CapPer, Condition, Decontamination, DuplicateRule, Policy, TopFraction
@@ -153,7 +152,7 @@ def condition_text(condition: Condition | TopFraction, parameters: Mapping[str, 
         text = f"top {condition.top_fraction} of all by {condition.of}"
     else:
         text = condition.sql
-    return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(parameters.get(found[1], found[0])), text)
+    return with_values(text, parameters)
 
 
 def _rule_text(policy: Policy, rule: DuplicateRule) -> str:

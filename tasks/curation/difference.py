@@ -70,7 +70,8 @@ def difference_markdown(snapshot: SnapshotRef, *, warehouse: Warehouse) -> str:
         rows = connection.execute(
             "SELECT change, cause, because, count(*) FROM changes GROUP BY ALL ORDER BY 4 DESC, 1, 2, 3 LIMIT 50"
         ).fetchall()
-    lines = [f"**{snapshot}** since the snapshot before it", "", "| change | cause | because | samples |"]
+    since = "since the snapshot before it" if snapshot.number > 1 else "is the first snapshot of its dataset"
+    lines = [f"**{snapshot}** {since}", "", "| change | cause | because | samples |"]
     lines += ["|:--|:--|:--|--:|", *(f"| {c} | {cause} | {cell(why)} | {n:,} |" for c, cause, why, n in rows)]
     return "\n".join(lines if rows else [*lines[:2], "Nothing was added or removed."]) + "\n"
 

@@ -17,6 +17,7 @@ from storage.snapshot import Manifest, datasets, numbers, read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError, find_columns
 from tasks.curation.conditions import evaluate, locked_connection
+from tasks.curation.funnel import with_values
 from tasks.curation.policy import Policy, TopFraction
 
 SHOWN_CHARACTERS = 1_000
@@ -75,22 +76,23 @@ class Explanation:
             f"`{self.sample_id}` in {where}, from {_cell(self.source['path'])} {_cell(self.source['member'])}",
             "",
             f"> {_cell(self.caption)}",
-            "",
-            "| measured | value |",
-            "|:--|:--|",
-            *(f"| {name} | {_cell(value)} |" for name, value in self.measurements.items()),
         ]
         for verdict in self.verdicts:
             lines += ["", f"## {verdict.snapshot}: {_outcome(verdict)}", "", "| | condition | passes if | value |"]
             lines += ["|:--|:--|:--|:--|"]
             for own in verdict.judgements:
-                values = ", ".join(f"{name} = {_cell(value)}" for name, value in own.values.items())
-                lines.append(f"| {'✓' if own.passed else '✗'} | {own.condition} | `{_code(own.sql)}` | {values} |")
+                read = [f"{name} = {_cell(value)}" for name, value in own.values.items() if not name.startswith("$")]
+                asked = {name.removeprefix("$"): value for name, value in own.values.items() if name.startswith("$")}
+                sign = "✓" if own.passed else "✗"
+                sql = _code(with_values(own.sql, asked))
+                lines.append(f"| {sign} | {own.condition} | `{sql}` | {', '.join(read)} |")
         if self.pairs:
             lines += ["", "## Pairs", "", "| kind | with | distance |", "|:--|:--|--:|"]
             lines += [f"| {kind} | {_cell(key)} `{other}` | {at:.3g} |" for kind, other, key, at in self.pairs]
         if self.runs:
             lines += ["", f"Trained on by {', '.join(f'`{run}`' for run in self.runs)}"]
+        lines += ["", "## Measurements", "", "| measured | value |", "|:--|:--|"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in self.measurements.items() if value is not None]
         return "\n".join(lines) + "\n"
 
 

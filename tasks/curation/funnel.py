@@ -4,6 +4,7 @@ Every sample carries all its reasons, so a condition's count does not depend on 
 the cumulative column does.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -165,6 +166,11 @@ def count_overlap(reasons: Mapping[tuple[str, ...], int]) -> dict[tuple[str, str
                 if one != other or len(names) == 1:
                     counts[one, other] += count
     return dict(counts)
+
+
+def with_values(sql: str, parameters: Mapping[str, float | str]) -> str:
+    """Return SQL as people read it: with the parameters' values in place of their names."""
+    return re.sub(r"\$([a-z][a-z0-9_]*)", lambda found: str(parameters.get(found[1], found[0])), sql)
 
 
 def cell(text: str) -> str:

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Literal
 
 from storage.fingerprint import fingerprint
@@ -40,6 +41,10 @@ class IngestedFile:
     samples: int
     known: int
     quarantined: int
+
+    def __str__(self) -> str:
+        name = PurePosixPath(self.uri).name
+        return f"{name}: {self.samples} new samples, {self.known} known, {self.quarantined} in quarantine"
 
 
 def ingest(
@@ -105,7 +110,7 @@ def ingest_file(
     record = Record("ingest", entry, config, asdict(file), dict(counts), result)
     write_record(warehouse, _ledger_path(pool, entry), record)
     done = _ingested(record)
-    logger.info("%s: %d new samples, %d known, %d in quarantine", file.uri, done.samples, done.known, done.quarantined)
+    logger.info("%s", done)
     return Outcome(done, cached=False)
 
 

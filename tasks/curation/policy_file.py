@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from tasks.curation.conditions import PolicyError
+from tasks.shipped import find_path
 
 SHORT_FORM = {"conditions": "sql", "decontaminate": "against", "duplicates": "pairs", "limits": "cap_per"}
 """The field that an entry's value stands for when it is not a mapping, as in `side: width >= 200`."""
@@ -16,9 +17,13 @@ SHORT_FORM = {"conditions": "sql", "decontaminate": "against", "duplicates": "pa
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping. Raises `PolicyError` if it is missing, not YAML or says a key twice."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(find_path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
-        raise PolicyError(f"{path}: there is no such policy file. Shipped ones lie in deployments/policies.") from None
+        raise PolicyError(
+            f"{path.absolute()}: there is no such policy file. Shipped ones lie in deployments/policies."
+        ) from None
+    except OSError as error:
+        raise PolicyError(f"{path}: can't be read: {error.strerror}. Give the path of a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path.name}: not a YAML file: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):

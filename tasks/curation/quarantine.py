@@ -1,13 +1,23 @@
 """Rows of quarantine: what a source held that can't be used, where it was, why, and what its bytes were."""
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 from storage.fingerprint import canonical_json
+from storage.schema import QUARANTINE
+from storage.warehouse import Warehouse
 from tasks.curation.sources.contract import Fault
 from tasks.curation.sources.text import valid_text
 
 MAX_DETAIL_CHARACTERS = 500
+
+
+def quarantine_reasons(warehouse: Warehouse, pool: str) -> str:
+    """Return the reasons in a pool's quarantine with their counts, the most frequent first; empty if it is empty."""
+    paths = [f"quarantine/{pool}/{name}" for name in warehouse.names(f"quarantine/{pool}")]
+    reasons = warehouse.read_tables(paths, QUARANTINE, ["reason"])["reason"].to_pylist()
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).most_common())
 
 
 def quarantine_row(fault: Fault, path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from storage.fingerprint import fingerprint, folder_digest
+from tasks.shipped import find_path
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def find_base_model(name: str) -> BaseModel:
     Without network, or when `HF_HUB_OFFLINE` is set, a hub name is looked up in the hub's cache only.
     Raises `MissingBaseModel`, or `UnsafeBaseModel` if it needs code of its own.
     """
-    folder = Path(name).expanduser()
+    folder = find_path(name)
     if folder.is_dir():
         _check_files(folder)
         return BaseModel(name, folder.absolute(), _digest(folder.absolute(), _signature(folder)))
@@ -91,7 +92,7 @@ def find_config(name: str) -> Path:
 
     Raises `MissingBaseModel`.
     """
-    folder = Path(name).expanduser()
+    folder = find_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise MissingBaseModel(f"{folder}: holds no config.json. Give the folder of a transformers model.")

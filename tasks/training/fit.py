@@ -21,7 +21,7 @@ import pyarrow as pa
 from storage.fingerprint import canonical_json, fingerprint
 from storage.record import Record, write_record
 from storage.refs import Outcome, RunRef, SnapshotRef
-from storage.schema import RUNS, column
+from storage.schema import EXAMPLES, RUNS, column
 from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.training.base_model import BaseModel, find_base_model
@@ -35,7 +35,7 @@ from tasks.training.run import FinishedRun, read_run
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 VALIDATION = "validation.arrow"
 
 METRICS = pa.schema(
@@ -262,6 +262,7 @@ def _publish(plan: _Plan, examples: Examples, result: dict[str, Any], *, warehou
     warehouse.create_folder(run.event_files, scratch / "tensorboard")
     lines = (scratch / "metrics.jsonl").read_text().splitlines()
     warehouse.write_table(metrics_path, pa.Table.from_pylist([json.loads(line) for line in lines], schema=METRICS))
+    warehouse.write_table(run.examples, _given(run, examples))
     counts = {"examples": examples.rows, "left_out": examples.left_out, "steps": result["steps"]}
     record = Record("train", run.run_id, plan.recipe.model_dump(), plan.inputs, counts, result)
     write_record(warehouse, f"{run.folder}/record.json", record)
@@ -285,3 +286,11 @@ def _publish(plan: _Plan, examples: Examples, result: dict[str, Any], *, warehou
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     warehouse.write_table(run.table, pa.Table.from_pylist([row], schema=RUNS))
+
+
+def _given(run: RunRef, examples: Examples) -> pa.Table:
+    """The samples or documents that the run was given."""
+    with pa.memory_map(str(examples.path)) as file, pa.ipc.open_stream(file) as reader:
+        ids = [batch["sample_id"] for batch in reader]
+    given = pa.chunked_array(ids, pa.string())
+    return pa.table([pa.array([run.run_id] * len(given)), given], schema=EXAMPLES)

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from tasks.shipped import find_path
+
 TrainablePart = Literal["language", "projector", "vision"]
 """Parts of a model that a recipe can train; `families.parts_of` says which modules they are."""
 
@@ -290,9 +292,13 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(find_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file.") from None
+        raise RecipeError(
+            f"{path.absolute()}: there is no such recipe file. Shipped ones lie in deployments/recipes."
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}. Give the path of a YAML file.") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):

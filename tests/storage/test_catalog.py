@@ -50,6 +50,8 @@ def fill(warehouse: Warehouse) -> None:
     commit(warehouse, "d", lambda parent: DRAFT)
     run = pa.Table.from_pylist([{"run_id": "r", "dataset": "d", "snapshot": 1}], schema=schema.RUNS)
     warehouse.write_table(RunRef("r").table, run)
+    examples = pa.table({"run_id": ["r"], "example_id": ["id-1"]}, schema=schema.EXAMPLES)
+    warehouse.write_table(RunRef("r").examples, examples)
 
 
 DRAFT = Draft(
@@ -114,6 +116,15 @@ def test_curated_shows_the_latest_snapshot_and_lineage_the_one_trained_on(tmp_pa
     catalog = connect(warehouse)
     assert catalog.execute("SELECT * FROM curated").fetchall() == []
     assert catalog.execute("SELECT run_id, snapshot, sample_id FROM lineage").fetchall() == [("r", 1, "id-1")]
+
+
+def test_lineage_leaves_out_what_a_run_could_not_use(tmp_path) -> None:
+    warehouse = Warehouse(str(tmp_path))
+    fill(warehouse)
+    run = pa.Table.from_pylist([{"run_id": "s", "dataset": "d", "snapshot": 1}], schema=schema.RUNS)
+    warehouse.write_table(RunRef("s").table, run)
+    warehouse.write_table(RunRef("s").examples, schema.EXAMPLES.empty_table())
+    assert connect(warehouse).execute("SELECT DISTINCT run_id FROM lineage").fetchall() == [("r",)]
 
 
 def test_the_file_opens_read_only_elsewhere_while_it_is_rebuilt(tmp_path) -> None:

@@ -178,3 +178,10 @@ def test_a_writer_killed_at_any_moment_leaves_whole_objects_only(tmp_path: Path)
         names = warehouse.names("objects")
         assert names
         assert all(warehouse.read_bytes(f"objects/{n}") == n.encode() * 100_000 for n in names)
+
+
+def test_a_place_that_can_not_be_written_to_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("taken")
+    with pytest.raises(WarehouseError, match=r"file: can't be written to \(Not a directory\)\. Give a folder of yours"):
+        Warehouse(str(tmp_path / "file")).check_writable()
+    Warehouse(str(tmp_path / "new")).check_writable()

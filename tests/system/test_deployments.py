@@ -57,6 +57,6 @@ def test_curate_runs_from_the_command_line_and_its_snapshot_starts_training(
     with connect(Warehouse(root)) as catalog:
         assert catalog.execute("SELECT dataset, snapshot FROM runs").fetchall() == [("production", 1)]
         [(trained, samples)] = catalog.execute(
-            "SELECT (SELECT count(*) FROM lineage), (SELECT count(*) FROM curated WHERE split = 'train')"
+            "SELECT (SELECT count(*) FROM lineage), (SELECT samples FROM runs)"
         ).fetchall()
     assert trained == samples > 0

@@ -77,7 +77,7 @@ def decide_documents(
             placed += ImageCounts.of(judged.nodes)
     funnel = _write_documents(ref, documents, checked, parts, texts, warehouse)
     of_texts = count_funnel(
-        policy.name,
+        f"{policy.name}: texts",
         conditions=_texts_of(policy, policy.texts),
         rules=[],
         failed=(bits := np.concatenate(text_bits)),

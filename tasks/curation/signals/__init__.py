@@ -64,7 +64,8 @@ class SignalSettings(BaseModel):
     )
     clip_model: str = Field(
         default="ViT-B-32",
-        description="open_clip architecture, or local-dir:<folder> with open_clip_config.json, weights and tokenizer.",
+        description="open_clip architecture, or `local-dir:` and a folder with open_clip_config.json, weights and "
+        "tokenizer.",
     )
     clip_pretrained: str | None = Field(
         default="openai", description="open_clip tag of the weights, or a weights file; not used with local-dir."

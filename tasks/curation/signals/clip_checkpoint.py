@@ -15,6 +15,7 @@ from typing import Any
 
 from storage.fingerprint import file_digest, folder_digest
 from tasks.curation.signals.contract import MissingWeights
+from tasks.shipped import find_path
 
 LOCAL_FOLDER = "local-dir:"
 CONFIG_FILE = "open_clip_config.json"
@@ -63,7 +64,7 @@ def find_checkpoint(model: str, pretrained: str | None) -> Checkpoint:
     none, saying where they were looked for, and `ValueError` for an architecture or tag that open_clip does not know.
     """
     if model.startswith(LOCAL_FOLDER):
-        return _in_folder(Path(model.removeprefix(LOCAL_FOLDER)).expanduser())
+        return _in_folder(find_path(model.removeprefix(LOCAL_FOLDER)))
     architecture = _architecture(model)
     if pretrained is None:
         raise MissingWeights(f"CLIP {model}: no weights given. Give an open_clip tag or a weights file.")

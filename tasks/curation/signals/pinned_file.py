@@ -23,7 +23,9 @@ class PinnedFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: str = Field(description="path, https://… URL, or hf://owner/name/path of a file in a Hugging Face repository")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the file, 64 hex digits: sha256sum <file>")
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="sha256 of the file as sha256sum prints it: 64 hex digits"
+    )
 
     def path(self) -> Path:
         """Return the file on this disk, downloaded into the user's cache if need be.

@@ -52,7 +52,7 @@ def find_source_files(
     if not found:
         raise SourceError(
             f"{source}: there is no such file or folder. Give a path, a URL or a glob pattern; for a Hugging Face "
-            "dataset by name, give format='huggingface'."
+            "dataset by name, give format huggingface in source_settings."
         )
     files = [file for entry in found for file in _files_of(filesystem, str(entry), format, layout)]
     if not files:

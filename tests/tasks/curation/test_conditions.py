@@ -148,7 +148,8 @@ def test_what_reaches_beyond_its_row_or_does_not_fit_is_refused(connection, sql,
 
 def test_a_refusal_lists_the_columns_that_exist(connection):
     with pytest.raises(
-        PolicyError, match=r"Columns: blur, caption, height, is_url, language, metadata, phash, width.$"
+        PolicyError,
+        match=r"Columns of what is measured: blur, caption, height, is_url, language, metadata, phash, width.$",
     ):
         check(connection, "sharpness > 1")
 

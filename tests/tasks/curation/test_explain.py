@@ -127,3 +127,10 @@ def test_other_peoples_text_stays_in_its_cell(warehouse):
 def test_an_unknown_sample_is_an_error_that_says_how_to_look(warehouse):
     with pytest.raises(EvidenceError, match=r"no pool holds sample 'zzz'.*by its key"):
         explain("zzz", warehouse=warehouse)
+
+
+def test_the_verdict_comes_first_with_thresholds_in_place_and_nothing_that_was_not_measured(warehouse):
+    text = explain("c", warehouse=warehouse).markdown()
+    assert "| ✗ | clip | `clip_score >= 0.28` | clip_score = 0.2 |" in text
+    assert text.index("## set@2") < text.index("## Measurements") < text.index("| width | 100 |")
+    assert "|  |" not in text

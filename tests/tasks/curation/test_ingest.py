@@ -28,6 +28,7 @@ from storage.warehouse import Warehouse, WarehouseError
 from tasks.curation import ingest as module
 from tasks.curation.ingest import find_source_files, ingest, ingest_file
 from tasks.curation.pool_writer import sample_id
+from tasks.curation.quarantine import quarantine_reasons
 from tasks.curation.sources.contract import Reason, SourceError
 from tests.tasks.curation.source_files import (
     Pair,
@@ -535,3 +536,14 @@ def test_memory_does_not_grow_with_the_source(source: Path, tmp_path: Path, name
         [sys.executable, "-c", GROWTH_MIB, tmp_path / "warehouse", *paths], check=True, capture_output=True, text=True
     )
     assert float(child.stdout) < 30  # 65 MiB are read, 57 more than before
+
+
+def test_reasons_in_quarantine_are_counted(tmp_path: Path) -> None:
+    warehouse = Warehouse(str(tmp_path / "warehouse"))
+    (tmp_path / "source").mkdir()
+    for name, data in {"a": b"", "b": b"text", "c": b"words"}.items():
+        (tmp_path / "source" / f"{name}.jpg").write_bytes(data)
+        (tmp_path / "source" / f"{name}.txt").write_text("a caption")
+    ingest(str(tmp_path / "source"), pool="pets", warehouse=warehouse)
+    assert quarantine_reasons(warehouse, "pets") == "not_an_image (2), empty (1)"
+    assert quarantine_reasons(warehouse, "cats") == ""

@@ -161,7 +161,8 @@ def refused(**fields) -> str:
 def test_an_unknown_column_is_named_with_its_condition_and_the_columns_that_exist():
     message = refused(conditions={"side": "width > 1", "sharp": "clip_scor > 0.1"})
     assert message.startswith(
-        'policy p: condition "sharp" uses "clip_scor", which no signal measures. Did you mean "clip_score"? Columns: '
+        'policy p: condition "sharp" uses "clip_scor", which no signal measures. Did you mean "clip_score"? '
+        "Columns of what is measured: "
     )
     assert "caption, caption_chars" in message  # of the samples and of the signals
     assert "image_embedding" not in message  # lists are not offered

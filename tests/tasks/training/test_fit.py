@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from storage.catalog import connect
 from storage.refs import Outcome, RunRef, SnapshotRef
 from storage.snapshot import commit, read_manifest
 from storage.warehouse import Warehouse
@@ -51,6 +52,9 @@ def test_a_run_knows_where_it_came_from(squares: Squares, trained: Trained, reci
     assert row["base_model_fingerprint"] == find_base_model(recipe.base_model).fingerprint
     assert Path(str(row["adapter_uri"])).is_dir()
     assert None not in {row[name] for name in set(row) - {"parent_run"}}
+    with connect(warehouse) as catalog:
+        seen = catalog.execute("SELECT count(*) FROM lineage WHERE run_id = ?", [row["run_id"]]).fetchall()
+    assert seen == [(row["samples"],)]
 
 
 def test_the_adapter_is_peft_and_names_its_base_model(squares: Squares, trained: Trained, recipe: Recipe) -> None:

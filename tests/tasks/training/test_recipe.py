@@ -104,7 +104,7 @@ def test_noise_and_early_stopping_are_off_by_default() -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nothing\.yaml: no such recipe"):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml: there is no such recipe file"):
         load_recipe(tmp_path / "nothing.yaml")
 
 

@@ -108,7 +108,7 @@ def test_other_filesystems_are_searched_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["nothing", "nothing/*.tar", "someone/something"])
 def test_nothing_there_is_an_error_that_says_what_to_give(tmp_path: Path, source: str) -> None:
-    with pytest.raises(SourceError, match=r"no such file or folder.*format='huggingface'"):
+    with pytest.raises(SourceError, match=r"no such file or folder.*format huggingface in source_settings"):
         found(tmp_path / source)
 
 
