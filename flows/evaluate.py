@@ -1,10 +1,11 @@
 """Evaluate: let a model, with or without a run's adapter, answer the held-out prompts of a snapshot."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import task_run
+from pydantic import Field
 
 from flows.steps import Name, step, taken
 from flows.train import RecipeChanges, changed
@@ -24,7 +25,7 @@ def evaluate(
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
     split: Literal["train", "validation", "test"] = "test",
-    limit: int | None = None,
+    limit: Annotated[int, Field(ge=1)] | None = None,
     warehouse: str = "warehouse",
 ) -> EvaluationRef:
     """Measure exact match on held-out samples, with a 95 % interval.

@@ -74,7 +74,7 @@ class Placement:
 
 
 def place(recipe: Recipe) -> Placement:
-    """Resolve the recipe's `auto`s for this machine, and log what was chosen and why."""
+    """Resolve the recipe's `auto`s for this machine, and log what was chosen and why. Raises `RecipeError`."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank())
@@ -85,6 +85,11 @@ def place(recipe: Recipe) -> Placement:
         recipe.is_four_bit(on_gpu=on_gpu),
         recipe.sharding if world_size() > 1 else "none",
     )
+    if placement.four_bit and not on_gpu and recipe.use_dora:
+        raise RecipeError(
+            "use_dora: on a CPU, bitsandbytes rearranges 4-bit weights, whose lengths DoRA would then take wrongly. "
+            "Set quantization: none, or train on a GPU."
+        )
     log.info("device: %s", placement)
     if not on_gpu and recipe.quantization == "auto":
         log.info("no GPU: the base model is not quantized, because 4-bit weights are slower on a CPU, not faster")
@@ -278,10 +283,13 @@ def _check_patterns(field: str, patterns: Mapping[str, int], layers: list[str]) 
             )
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel | PreTrainedModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, trained_with: Recipe | None = None
+) -> PeftModel | PreTrainedModel:
     """Put on its base model what a training left in `folder`: an adapter, switched on, or weights trained in full.
 
-    Raises `ModelError` if they are not safetensors or don't fit.
+    An adapter that is `trained_with` a recipe from there on has gradients, and that recipe's dropout. Raises
+    `ModelError` if they are not safetensors or don't fit.
     """
     if is_saved_in_full(folder):
         return load_weights(model, folder)
@@ -290,7 +298,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
             f"{folder}: holds no adapter_model.safetensors. Pickled weights (adapter_model.bin) are not read, because "
             "they can run code: load them where that does no harm, and save them again with PEFT's save_pretrained."
         )
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    config = LoraConfig.from_pretrained(str(folder))
+    if trained_with:
+        config.lora_dropout, config.base_model_name_or_path = trained_with.lora_dropout, trained_with.base_model
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trained_with is not None)
 
 
 def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path | None) -> PeftModel | PreTrainedModel:
@@ -298,7 +309,7 @@ def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path 
     if recipe.method == "full":
         return train_in_full(load_weights(base, parent) if parent else base, recipe)
     if parent:
-        return load_adapter(base, parent, trainable=True)
+        return load_adapter(base, parent, trained_with=recipe)
     return add_lora(base, recipe, base_model=recipe.base_model)
 
 

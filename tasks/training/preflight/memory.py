@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tasks.training.collate import IGNORED
+from tasks.training.lengths import LengthError
 from tasks.training.memory.estimate import IMAGE_TOKENS, LOADING, Estimate, MemoryModel, Workload
 from tasks.training.memory.skeleton import skeleton_of
-from tasks.training.model import Placement
+from tasks.training.model import ModelError, Placement
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Setup, checkpointed_share
 from tasks.training.speed import is_compiled
@@ -35,7 +36,16 @@ def check_memory(setup: Setup) -> list[Finding]:
     """Compare the predicted peak with the memory of the GPU, or with what is free of the machine's without one.
 
     The prediction is that of a micro-batch of samples as long as the longest; of GPUs that share a model, that of each.
+    What can't be predicted stops no training.
     """
+    try:
+        return [_predicted(setup)]
+    except (LengthError, ModelError) as error:
+        remedy = "Watch the first steps: if memory runs out, batches are computed in smaller pieces."
+        return [Finding(MEMORY, "prediction", "noted", str(error), "a prediction that fits the device", remedy)]
+
+
+def _predicted(setup: Setup) -> Finding:
     workload = largest_batch(setup)
     recipe = setup.recipe
     steps = recipe.max_steps or recipe.epochs * len(setup.examples) / workload.batch / recipe.accumulation
@@ -43,7 +53,7 @@ def check_memory(setup: Setup) -> list[Finding]:
     compiled = is_compiled(recipe, shared, int(steps * recipe.accumulation))
     model = MemoryModel(skeleton_of(setup.base.config, recipe), recipe, compiled=compiled)
     share = checkpointed_share(recipe, setup.placement)
-    return [judge(model.estimate(workload, checkpointed_share=share), workload, setup.placement.device)]
+    return judge(model.estimate(workload, checkpointed_share=share), workload, setup.placement.device)
 
 
 def judge(estimate: Estimate, workload: Workload, device: torch.device) -> Finding:

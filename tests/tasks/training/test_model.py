@@ -163,6 +163,23 @@ def test_the_adapter_names_its_layers_without_their_numbers(gemma: Path, recipe:
     assert len(pattern.split("|")) == 7
 
 
+def test_a_training_that_starts_from_another_has_its_own_dropout(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
+    placement = models.place(recipe)
+    models.add_lora(models.load_model(gemma, placement), recipe, base_model="m").save_pretrained(str(tmp_path))
+    dropping = recipe.model_copy(update={"lora_dropout": 0.25})
+    model = models.make_trainable(models.load_model(gemma, placement), dropping, parent=tmp_path)
+    shares = {
+        module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and "lora" in name
+    }
+    assert shares == {0.25}
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_dora_on_four_bit_weights_of_a_cpu_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match=r"use_dora: on a CPU, bitsandbytes rearranges 4-bit weights"):
+        models.place(recipe.model_copy(update={"use_dora": True, "quantization": "nf4"}))
+
+
 def test_a_pickled_adapter_is_refused_and_not_read(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str, str]]:
