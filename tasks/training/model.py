@@ -74,7 +74,7 @@ class Placement:
 
 
 def place(recipe: Recipe) -> Placement:
-    """Resolve the recipe's `auto`s for this machine, and log what was chosen and why. Raises `RecipeError`."""
+    """Resolve the recipe's `auto`s for this machine, and log what was chosen and why."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank())
@@ -85,11 +85,6 @@ def place(recipe: Recipe) -> Placement:
         recipe.is_four_bit(on_gpu=on_gpu),
         recipe.sharding if world_size() > 1 else "none",
     )
-    if placement.four_bit and not on_gpu and recipe.use_dora:
-        raise RecipeError(
-            "use_dora: on a CPU, bitsandbytes rearranges 4-bit weights, whose lengths DoRA would then take wrongly. "
-            "Set quantization: none, or train on a GPU."
-        )
     log.info("device: %s", placement)
     if not on_gpu and recipe.quantization == "auto":
         log.info("no GPU: the base model is not quantized, because 4-bit weights are slower on a CPU, not faster")
@@ -147,12 +142,23 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     )
     assert isinstance(model, PreTrainedModel)
     check_quantization(model, four_bit=placement.four_bit)
+    _keep_in_place(model)
     log.info("%s", describe(model))
     if placement.sharded and placement.loaded_whole:
         log.info(
             "4-bit weights are shared once they are whole on each GPU: %.2f GiB", model.get_memory_footprint() / 2**30
         )
     return model
+
+
+def _keep_in_place(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights on a CPU when they are first used outside of training.
+
+    That is for good: they give no gradients to the layers below any more, and are dequantized wrongly.
+    """
+    for module in linear_names(model).values():
+        if is_four_bit(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -175,9 +175,24 @@ def test_a_training_that_starts_from_another_has_its_own_dropout(gemma: Path, re
     assert any(weight.requires_grad for weight in model.parameters())
 
 
-def test_dora_on_four_bit_weights_of_a_cpu_is_refused(recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match=r"use_dora: on a CPU, bitsandbytes rearranges 4-bit weights"):
-        models.place(recipe.model_copy(update={"use_dora": True, "quantization": "nf4"}))
+@pytest.mark.parametrize("dora", [False, True])
+def test_four_bit_weights_that_were_evaluated_are_trained_as_before(gemma: Path, recipe: Recipe, dora: bool) -> None:
+    """On some CPUs, bitsandbytes rearranges them for evaluation, and they pass no gradients on from then on."""
+    chosen = recipe.model_copy(update={"quantization": "nf4", "use_dora": dora})
+    ids = torch.tensor([[2, 20, 21, 22, 23]])
+
+    def gradients(*, evaluated: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.add_lora(models.load_model(gemma, models.place(chosen)), chosen, base_model="m")
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    plain, after = gradients(evaluated=False), gradients(evaluated=True)
+    assert len(plain) == len(after) > 0
+    assert all(torch.allclose(one, other) for one, other in zip(plain, after, strict=True))
 
 
 def test_a_pickled_adapter_is_refused_and_not_read(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
