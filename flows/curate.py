@@ -321,13 +321,14 @@ def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
         markdown=difference_markdown(snapshot, warehouse=warehouse),
         description=f"What {snapshot} changed",
     )
+    get_run_logger().info("%s: kept %d of %d samples", snapshot, funnel.kept, funnel.samples)
     link_report(snapshot, page, warehouse=warehouse)
 
 
 def link_report(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
     """Publish a link to a snapshot's report as an artifact."""
     location = warehouse.uri(page)
-    get_run_logger().info("%s: kept %d of %d samples. Report: %s", snapshot, funnel.kept, funnel.samples, location)
+    get_run_logger().info("Report on %s: %s", snapshot, location)
     create_link_artifact(
         key=artifact_key("report", snapshot.dataset),
         link=f"file://{location}" if warehouse.is_local else location,

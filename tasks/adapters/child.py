@@ -64,11 +64,7 @@ def _free_memory() -> None:
 
 
 def merge(base: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
-    """Return `base` with the adapter folded into its weights, which are no longer 4-bit if they were.
-
-    `base` must be freshly loaded: on a CPU, bitsandbytes rearranges 4-bit weights at their first use, after which they
-    are dequantized wrongly.
-    """
+    """Return `base` with the adapter folded into its weights, which are no longer 4-bit if they were."""
     if getattr(base, "is_loaded_in_4bit", False):
         base = base.dequantize()
     adapted = models.load_adapter(base, adapter)

@@ -66,14 +66,17 @@ def evaluate(
     """Answer the split's prompts (the first `limit` by sample_id) with the recipe's base model and `run`'s adapter.
 
     Each line of the child's log goes to `on_log`. Returns the cached evaluation if all it depends on is unchanged.
-    Raises `RecipeError` (also if the run was trained on another base model), `MissingBaseModel` or `ChildFailed`.
+    Raises `RecipeError` (also if the run was trained on another base model), `MissingBaseModel` or `ChildFailed`, and
+    `ValueError` for a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: is {limit}. Write how many prompts to answer, 1 or more, or leave it empty for all.")
     on_log = on_log or log.info
     base = find_base_model(recipe.base_model)
     identity = {
         "step": "evaluate",
         "version": VERSION,
-        "recipe": recipe.model_dump(include=_ANSWERED),
+        "recipe": recipe.model_dump(include=_ANSWERED) | _held_in(recipe),
         "base_model": base.fingerprint,
         "run": run.run_id if run else None,
         "samples": read_manifest(warehouse, snapshot).samples_content,
@@ -108,6 +111,11 @@ def evaluate(
     }
     warehouse.write_table(evaluation.table, pa.Table.from_pylist([row], schema=EVALUATIONS))
     return Outcome(evaluation, cached=False)
+
+
+def _held_in(recipe: Recipe) -> dict[str, str]:
+    """The quantization, where auto can only be none: sharding says so too."""
+    return {} if recipe.is_four_bit(on_gpu=True) else {"quantization": "none"}
 
 
 def _answer(

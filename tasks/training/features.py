@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tasks.training.families import decoder_name, without_adapter
 from tasks.training.ranks import world_size
-from tasks.training.recipe import Recipe, RecipeError
+from tasks.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ Batch = dict[str, Any]
 Collator = Callable[[list[Row]], Batch]
 
 PIXELS, FEATURES = "pixel_values", "image_features"
+DEEP_FEATURES = "deepstack_features"
 INDEX, DATA = "features.json", "features.bin"
 MOST_OF_THE_DISK = 0.5
 PAYS_AFTER_EPOCHS = 2
@@ -44,11 +45,13 @@ class NotCacheable(RuntimeError):  # noqa: N818 - says what is the matter
 class FeatureCache:
     """The features of each sample's images: `spans[sample_id]` are its first row and number of rows in `data`.
 
-    `data` is (image tokens of all samples, width of the language model), as the bytes of `dtype`.
+    `data` is (image tokens of all samples, width of the language model), as the bytes of `dtype`. The model's own are
+    a tensor for all images, or `in_tuple` one for each.
     """
 
     data: np.ndarray[Any, Any]
     dtype: torch.dtype
+    in_tuple: bool
     spans: Mapping[str, tuple[int, int]]
 
     def of(self, sample_ids: Iterable[str]) -> Tensor | None:
@@ -80,11 +83,11 @@ class FeatureCollator:
 class FeatureInput:
     """Lets a model take `image_features` where it would take `pixel_values`; `remove` undoes it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, in_tuple: bool = True) -> None:
         self._inner = model.base_model
         self._compute: Callable[..., Any] = self._inner.get_image_features
         self._given: Tensor | None = None
-        self._is_tuple = True
+        self.in_tuple = in_tuple
         self._hook = self._inner.register_forward_pre_hook(self._take, with_kwargs=True)
         self._inner.get_image_features = self._answer
 
@@ -94,10 +97,16 @@ class FeatureInput:
         del self._inner.get_image_features
 
     def compute(self, batch: Batch) -> Tensor:
-        """Return the features of a batch's images, one after the other: (image tokens, width)."""
+        """Return the features of a batch's images, one after the other: (image tokens, width).
+
+        Raises `NotCacheable` if the model takes more of its images than that.
+        """
         names = inspect.signature(self._compute).parameters
-        pooled = self._compute(**{name: value for name, value in batch.items() if name in names}).pooler_output
-        self._is_tuple = not isinstance(pooled, Tensor)
+        output = self._compute(**{name: value for name, value in batch.items() if name in names})
+        if getattr(output, DEEP_FEATURES, None):
+            raise NotCacheable("the language model takes features from inside the vision tower too")
+        pooled = output.pooler_output
+        self.in_tuple = not isinstance(pooled, Tensor)
         parts = list(pooled)
         return torch.cat(parts).flatten(0, -2)
 
@@ -110,7 +119,7 @@ class FeatureInput:
     def _answer(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._given is None or pixel_values is not self._given:
             return self._compute(pixel_values, *args, **kwargs)
-        return _Pooled((self._given,) if self._is_tuple else self._given)
+        return _Pooled((self._given,) if self.in_tuple else self._given)
 
 
 @dataclass(frozen=True)
@@ -138,8 +147,6 @@ def with_features(
     base = without_adapter(model)
     outside = [w for name, w in base.named_parameters() if not name.startswith(decoder_name(base) + ".")]
     if any(weight.requires_grad for weight in outside):
-        if recipe.cache_vision_features:
-            raise RecipeError("cache_vision_features: the vision tower or projector is trained. Leave it empty.")
         return collator
     wanted = epochs >= PAYS_AFTER_EPOCHS if recipe.cache_vision_features is None else recipe.cache_vision_features
     if not wanted:
@@ -158,7 +165,7 @@ def with_features(
         "image features of %d samples in %.0f s, %.2f GiB",
         *(len(cache.spans), time.monotonic() - started, cache.data.nbytes / 2**30),
     )
-    FeatureInput(base)
+    FeatureInput(base, in_tuple=cache.in_tuple)
     return FeatureCollator(collator, cache)
 
 
@@ -192,7 +199,8 @@ def cache_features(
                 file.write(features.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     finally:
         source.remove()
-    index = {"dtype": str(dtype).removeprefix("torch."), "width": width, "spans": spans}
+    kind = str(dtype).removeprefix("torch.")
+    index = {"dtype": kind, "width": width, "in_tuple": source.in_tuple, "spans": spans}
     unfinished = folder / f"{INDEX}.unfinished"
     unfinished.write_text(json.dumps(index))
     unfinished.replace(folder / INDEX)
@@ -204,7 +212,8 @@ def _read(folder: Path) -> FeatureCache:
     dtype: torch.dtype = getattr(torch, index["dtype"])
     width = index["width"] * dtype.itemsize
     data = np.memmap(folder / DATA, dtype=np.uint8, mode="r").reshape(-1, width)
-    return FeatureCache(data, dtype, {name: (start, count) for name, (start, count) in index["spans"].items()})
+    spans = {name: (start, count) for name, (start, count) in index["spans"].items()}
+    return FeatureCache(data, dtype, index["in_tuple"], spans)
 
 
 def _image_tokens(model: PreTrainedModel, batch: Batch) -> list[int]:

@@ -30,8 +30,8 @@ from tasks.training.divergence import recall
 from tasks.training.documents import write_rows
 from tasks.training.gpu import reserved_gpus
 from tasks.training.process import RESULT, ChildFailed, ChildStopped, run_child
-from tasks.training.recipe import Recipe, RecipeError
-from tasks.training.run import FinishedRun, read_run
+from tasks.training.recipe import Recipe
+from tasks.training.run import read_run
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +63,6 @@ RESTARTS = 3
 # What a run's adapter does not depend on: the base model counts by its content, not by what it is called; GPUs share
 # the samples of a step without changing them.
 _NOT_TRAINED = {"base_model", "gpus", "sharding", "allow_high_learning_rate", "max_new_tokens", "answer_batch_size"}
-
-# What an adapter's matrices are shaped and scaled by.
-_LORA = (
-    *("lora_parts", "lora_targets", "lora_rank", "lora_alpha", "use_rslora", "use_dora"),
-    *("rank_pattern", "alpha_pattern"),
-)
 
 
 class TrainingFailed(RuntimeError):  # noqa: N818 - says what happened
@@ -123,7 +117,7 @@ def train(
     if warehouse.exists(run.table):
         return Outcome(run, cached=True)
     if parent_run:
-        _check_parent(read_run(parent_run, warehouse), recipe, plan.base)
+        read_run(parent_run, warehouse).check_goes_on(recipe, plan.base)
     with _scratch(run, warehouse, watch.on_log) as scratch:
         if warehouse.exists(run.table):  # another process finished it while this one waited
             return Outcome(run, cached=True)
@@ -167,27 +161,27 @@ class _Plan:
             "base_model": base.fingerprint,  # its chat template included
             "parent_run": parent_run.run_id if parent_run else None,
         }
-        # stopping early, when a checkpoint is due decides which one is the best
-        config = recipe.model_dump(exclude=_NOT_TRAINED | (set() if recipe.early_stop_patience else {"save_steps"}))
-        run = RunRef(fingerprint({"step": "train", "version": VERSION, "recipe": config, **inputs}))
+        run = RunRef(fingerprint({"step": "train", "version": VERSION, "recipe": _trained_with(recipe), **inputs}))
         return cls(run, snapshot, recipe, base, parent_run, inputs)
 
 
-def _check_parent(parent: FinishedRun, recipe: Recipe, base: BaseModel) -> None:
-    """Raise `RecipeError` unless what the parent trained fits the recipe's base model, method and LoRA."""
-    parent.check_base(base)
-    if recipe.sharding == "zero3" and recipe.method == "full":
-        raise RecipeError(
-            f"sharding: zero3 can't start from weights that the parent run {parent.ref.run_id} trained in full. "
-            "Write sharding: fsdp, or merge the parent run and take the merged model as base_model."
-        )
-    for name in ("method", "full_parts", *(_LORA if recipe.method == "lora" else ())):
-        has, wanted = getattr(parent.recipe, name), getattr(recipe, name)
-        if has != wanted:
-            raise RecipeError(
-                f"{name}: is {wanted!r}, but the adapter of the parent run {parent.ref.run_id} has {has!r}. "
-                "Write the parent's value, or merge the parent run and take the merged model as base_model."
-            )
+def _trained_with(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields that the adapter depends on."""
+    config = recipe.model_dump(exclude=_NOT_TRAINED)
+    if not recipe.early_stop_patience:  # stopping early, when a checkpoint is due decides which one is the best
+        del config["save_steps"]
+    if recipe.max_steps:
+        del config["epochs"]
+    if recipe.method == "full":
+        config = {name: value for name, value in config.items() if not name.startswith("lora_")}
+    if recipe.tokens_per_batch:  # batches of like length are put together for each process
+        config["gpus"] = recipe.gpus
+    if not recipe.is_four_bit(on_gpu=True):  # auto is what it says here, for which method and sharding count
+        config["quantization"] = "none"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if len(config[name]) > 1:  # the first pattern that matches a layer wins
+            config[name] = list(config[name].items())
+    return config
 
 
 @contextmanager

@@ -142,12 +142,23 @@ def load_model(folder: str | Path, placement: Placement) -> PreTrainedModel:
     )
     assert isinstance(model, PreTrainedModel)
     check_quantization(model, four_bit=placement.four_bit)
+    _keep_in_place(model)
     log.info("%s", describe(model))
     if placement.sharded and placement.loaded_whole:
         log.info(
             "4-bit weights are shared once they are whole on each GPU: %.2f GiB", model.get_memory_footprint() / 2**30
         )
     return model
+
+
+def _keep_in_place(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from rearranging 4-bit weights on a CPU when they are first used outside of training.
+
+    That is for good: they give no gradients to the layers below any more, and are dequantized wrongly.
+    """
+    for module in linear_names(model).values():
+        if is_four_bit(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -278,10 +289,13 @@ def _check_patterns(field: str, patterns: Mapping[str, int], layers: list[str]) 
             )
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool = False) -> PeftModel | PreTrainedModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, *, trained_with: Recipe | None = None
+) -> PeftModel | PreTrainedModel:
     """Put on its base model what a training left in `folder`: an adapter, switched on, or weights trained in full.
 
-    Raises `ModelError` if they are not safetensors or don't fit.
+    An adapter that is `trained_with` a recipe from there on has gradients, and that recipe's dropout. Raises
+    `ModelError` if they are not safetensors or don't fit.
     """
     if is_saved_in_full(folder):
         return load_weights(model, folder)
@@ -290,7 +304,10 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, trainable: bool 
             f"{folder}: holds no adapter_model.safetensors. Pickled weights (adapter_model.bin) are not read, because "
             "they can run code: load them where that does no harm, and save them again with PEFT's save_pretrained."
         )
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    config = LoraConfig.from_pretrained(str(folder))
+    if trained_with:
+        config.lora_dropout, config.base_model_name_or_path = trained_with.lora_dropout, trained_with.base_model
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trained_with is not None)
 
 
 def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path | None) -> PeftModel | PreTrainedModel:
@@ -298,7 +315,7 @@ def make_trainable(base: PreTrainedModel, recipe: Recipe, *, parent: str | Path 
     if recipe.method == "full":
         return train_in_full(load_weights(base, parent) if parent else base, recipe)
     if parent:
-        return load_adapter(base, parent, trainable=True)
+        return load_adapter(base, parent, trained_with=recipe)
     return add_lora(base, recipe, base_model=recipe.base_model)
 
 

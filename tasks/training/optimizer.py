@@ -4,6 +4,7 @@ Source of the trainer's own part: `transformers.Trainer.create_optimizer`, which
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def optimization_arguments(recipe: Recipe, *, steps: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": _SCHEDULERS[recipe.scheduler],
-        "warmup_steps": math.ceil(recipe.warmup * steps),
+        "warmup_steps": min(math.ceil(recipe.warmup * steps), steps - 1),  # the first of them learns nothing
         "optim": _OPTIMIZERS[recipe.optimizer],
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.max_grad_norm,
@@ -84,3 +85,9 @@ def optimization_arguments(recipe: Recipe, *, steps: int) -> dict[str, Any]:
 def early_stop(recipe: Recipe) -> list[TrainerCallback]:
     """Return what ends a training whose loss on held-out examples stops falling, if the recipe asks for it."""
     return [EarlyStoppingCallback(recipe.early_stop_patience)] if recipe.early_stop_patience else []
+
+
+def has_waited_enough(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether one of a trainer's callbacks has stopped the training early."""
+    waiting = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+    return any(callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in waiting)

@@ -49,8 +49,8 @@ class Pieces:
         self.path, self.device = path, device
         # the data loader's workers cut what they collate: they must see the number change
         self._count = multiprocessing.Value("i", 1, lock=False)
-        if self.events and self.events[-1]["device"] == device:
-            self._count.value = self.events[-1]["pieces"]
+        if known := [event["pieces"] for event in self.events if event["device"] == device]:
+            self._count.value = known[-1]
 
     @property
     def count(self) -> int:

@@ -69,7 +69,7 @@ def run_child(
     """Run `module.run(config, folder)` in new processes and return the result of the first, a JSON object.
 
     `config` must be JSON too. Several processes find each other as torch.distributed's `env://` does. If a signal
-    kills one, or one raises `StartAgain`, all are started again, `restarts` times at most. Each line they print goes to
+    kills one, all are started again, `restarts` times at most, and whenever one raises `StartAgain`. Each line goes to
     `on_log` as it comes, and each of the first one's `report`s to `on_report`. Whatever ends this call, the processes
     and their own children are killed first: at once if `on_log` or `on_report` fails, but if this process is asked to
     leave (SIGTERM, KeyboardInterrupt, anything that is not an `Exception`), they are sent SIGTERM and have
@@ -91,10 +91,10 @@ def run_child(
 
     while True:
         failure = _run_once(module, folder, gpus, processes=processes, say=say)
-        if failure is None or not failure.may_pass or not restarts:
+        if failure is None or not failure.may_pass or not (failure.asks or restarts):
             break
         say(f"{failure}; all {processes} processes start again, {restarts} restarts are left")
-        restarts -= 1
+        restarts -= not failure.asks
     if (folder / STOPPED).exists():
         raise ChildStopped(json.loads((folder / STOPPED).read_text()))
     if failure is None and (folder / RESULT).exists():

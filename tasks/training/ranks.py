@@ -30,9 +30,14 @@ class Failure:
     code: int
 
     @property
+    def asks(self) -> bool:
+        """Whether it asks that all are started again, because that will help."""
+        return self.code == EXIT_AGAIN
+
+    @property
     def may_pass(self) -> bool:
         """Whether starting again may help: a signal ended it, or it asks for that; an exception would come again."""
-        return self.code < 0 or self.code == EXIT_AGAIN
+        return self.code < 0 or self.asks
 
     def __str__(self) -> str:
         who = "the process" if self.rank is None else f"rank {self.rank}"

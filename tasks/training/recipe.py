@@ -3,6 +3,7 @@
 The same recipe renders the prompts of training, evaluation and merging, so the three can't drift apart.
 """
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -226,6 +227,8 @@ class Recipe(BaseModel):
     def _fields_agree(self) -> Self:
         try:
             self._check_parts()
+            self._check_patterns()
+            self._check_features()
             self._check_sharing()
             self.check_learning_rates(four_bit=self.quantization == "nf4")
         except RecipeError as error:
@@ -256,6 +259,25 @@ class Recipe(BaseModel):
         lora_only = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         if given := [name for name in lora_only if getattr(self, name)]:
             raise RecipeError(f"{given[0]}: has no effect with method: full. Leave it out, or write method: lora.")
+
+    def _check_patterns(self) -> None:
+        for field in ("lora_targets", "rank_pattern", "alpha_pattern"):
+            given = getattr(self, field)
+            for pattern in [given] if isinstance(given, str) else given:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise RecipeError(f"{field}: {pattern!r} is not a regular expression ({error}).") from None
+
+    def _check_features(self) -> None:
+        if not self.cache_vision_features:
+            return
+        if trained := [part for part in self.trained_parts if part != "language"]:
+            raise RecipeError(
+                f"cache_vision_features: {trained[0]} is trained, so what it makes of an image changes. Leave it empty."
+            )
+        if self.gpus > 1:
+            raise RecipeError(f"cache_vision_features: {self.gpus} gpus compute images anew each time. Leave it empty.")
 
     def _check_sharing(self) -> None:
         if self.accumulation % self.gpus:

@@ -8,6 +8,12 @@ from storage.warehouse import Warehouse, WarehouseError
 from tasks.training.base_model import BaseModel
 from tasks.training.recipe import Recipe, RecipeError
 
+# What an adapter's matrices are shaped and scaled by.
+_LORA = (
+    *("lora_parts", "lora_targets", "lora_rank", "lora_alpha", "use_rslora", "use_dora"),
+    *("rank_pattern", "alpha_pattern"),
+)
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -25,6 +31,22 @@ class FinishedRun:
                 f"base_model: {base.name!r} has fingerprint {base.fingerprint}, but run {self.ref.run_id} was trained "
                 f"on {self.recipe.base_model!r} with fingerprint {self.base_model_fingerprint}. Use that model."
             )
+
+    def check_goes_on(self, recipe: Recipe, base: BaseModel) -> None:
+        """Raise `RecipeError` unless a training with `recipe` on `base` can start from what this run trained."""
+        self.check_base(base)
+        if recipe.sharding == "zero3" and recipe.method == "full":
+            raise RecipeError(
+                f"sharding: zero3 can't start from weights that the parent run {self.ref.run_id} trained in full. "
+                "Write sharding: fsdp, or merge the parent run and take the merged model as base_model."
+            )
+        for name in ("method", "full_parts", *(_LORA if recipe.method == "lora" else ())):
+            has, wanted = getattr(self.recipe, name), getattr(recipe, name)
+            if has != wanted:
+                raise RecipeError(
+                    f"{name}: is {wanted!r}, but the adapter of the parent run {self.ref.run_id} has {has!r}. "
+                    "Write the parent's value, or merge the parent run and take the merged model as base_model."
+                )
 
 
 def read_run(run: RunRef, warehouse: Warehouse) -> FinishedRun:

@@ -21,7 +21,7 @@ from tasks.training.batches import StartEpochs, TokenBatches
 from tasks.training.child_side import StartAgain
 from tasks.training.collate import IGNORED
 from tasks.training.divergence import Diverged
-from tasks.training.optimizer import RatesByPart
+from tasks.training.optimizer import RatesByPart, has_waited_enough
 from tasks.training.order import Order
 from tasks.training.out_of_memory import REMEDY, Batch, CutCollator, Inputs, OutOfMemory, Pieces, Row, is_out_of_memory
 from tasks.training.recipe import Recipe
@@ -90,6 +90,13 @@ class Trainer(RatesByPart, SFTTrainer):
         finally:
             self.data_collator = self.cut_collator
         return loader
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """Go through the samples, unless the training ended with the checkpoint that this process started from."""
+        if self.state.global_step >= self.state.max_steps or has_waited_enough(self.callback_handler.callbacks):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device

@@ -9,12 +9,13 @@ import numpy as np
 from datasets import Image, List
 from PIL import Image as Pictures
 
+from tasks.training.batches import BatchError, TokenBatches
 from tasks.training.dataset import text_of
 from tasks.training.lengths import LengthError
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Row, Setup
 
-LENGTH, READABLE, ANSWERS = "length", "readable images", "answers"
+LENGTH, BATCHES, READABLE, ANSWERS = "length", "batches", "readable images", "answers"
 BATCH = 256
 DECODED = 64
 """Images decoded in full, evenly spread; of all others only the header is read, as curation has decoded them before."""
@@ -39,6 +40,8 @@ def check_data(setup: Setup) -> list[Finding]:
             broken.append(row["sample_id"])
         answers.update(_answers(row))
     lengths = [] if broken else [_length_finding(setup)]
+    if setup.recipe.tokens_per_batch and not broken:
+        lengths.append(_batch_finding(setup, setup.recipe.tokens_per_batch))
     return [*lengths, _image_finding(len(plain), broken, images), _answer_finding(answers)]
 
 
@@ -85,6 +88,16 @@ def _length_finding(setup: Setup) -> Finding:
         wanted=wanted,
         remedy="Leave them out with a condition in the policy, shorten their texts, or set a lower max_image_tokens.",
     )
+
+
+def _batch_finding(setup: Setup, tokens: int) -> Finding:
+    """Whether batches of so many tokens can be made of the samples."""
+    wanted = f"samples that can be counted, none of more than {tokens} tokens with padding"
+    try:
+        TokenBatches(setup.lengths, setup.examples["sample_id"], tokens=tokens, seed=setup.recipe.seed)
+    except (LengthError, BatchError) as error:
+        return Finding(BATCHES, "tokens_per_batch", "failed", str(error), wanted, "Do what the message says.")
+    return Finding(BATCHES, "tokens_per_batch", "ok", "every sample fits a batch", wanted)
 
 
 def _image_finding(count: int, broken: list[str], read: int) -> Finding:

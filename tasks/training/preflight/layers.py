@@ -46,7 +46,7 @@ def _targets_of(part: Part, rows: list[ModuleRow], setup: Setup) -> Finding | No
     if not rows:
         return None
     has_lora = recipe.method == "lora" and part in recipe.lora_parts
-    in_full = part in recipe.full_parts
+    in_full = ("language" if part == "head" else part) in recipe.full_parts
     matching = sum(row.layers for row in linear if re.fullmatch(recipe.lora_targets, row.module))
     adapted, layers = sum(row.adapted for row in linear), sum(row.layers for row in linear)
     trained, weights = sum(row.trained_weights for row in rows), sum(row.weights for row in rows)

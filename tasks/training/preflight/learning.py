@@ -6,8 +6,9 @@ import torch
 from peft import PeftModel
 from PIL import Image
 
+from tasks.training.optimizer import parameter_groups
 from tasks.training.preflight.finding import Finding
-from tasks.training.preflight.losses import row_losses, trainable, undisturbed
+from tasks.training.preflight.losses import row_losses, undisturbed
 from tasks.training.preflight.setup import Row, Setup
 from tasks.training.recipe import HIGHEST_4BIT_LEARNING_RATE
 
@@ -129,7 +130,7 @@ def _overfit(setup: Setup) -> list[Finding]:
 
 
 def _step(setup: Setup, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Take Adam's first step, which is the learning rate along each gradient's sign; returns the loss before it."""
+    """Take Adam's first step: each part's learning rate along its gradients' signs; returns the loss before it."""
     rows, total = sum(len(batch["labels"]) for batch in batches), 0.0
     setup.model.zero_grad(set_to_none=True)
     for batch in batches:
@@ -137,9 +138,10 @@ def _step(setup: Setup, batches: list[dict[str, torch.Tensor]]) -> float:
         loss.backward()
         total += float(loss.detach())
     with torch.no_grad():
-        for weight in trainable(setup.model).values():
-            if weight.grad is not None:
-                weight.sub_(weight.grad.sign(), alpha=setup.recipe.learning_rate)
+        for group in parameter_groups(setup.model, setup.recipe):
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.sub_(weight.grad.sign(), alpha=group["lr"])
     return total
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tasks.training.collate import IGNORED
+from tasks.training.lengths import LengthError
 from tasks.training.memory.estimate import IMAGE_TOKENS, LOADING, Estimate, MemoryModel, Workload
 from tasks.training.memory.skeleton import skeleton_of
-from tasks.training.model import Placement
+from tasks.training.model import ModelError, Placement
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Setup, checkpointed_share
 from tasks.training.speed import is_compiled
@@ -36,7 +37,16 @@ def check_memory(setup: Setup) -> list[Finding]:
     """Compare the predicted peak with the memory of the GPU, or with what is free of the machine's without one.
 
     The prediction is that of a micro-batch of samples as long as the longest; of GPUs that share a model, that of each.
+    What can't be predicted stops no training.
     """
+    try:
+        return [_predicted(setup)]
+    except (LengthError, ModelError) as error:
+        remedy = "Watch the first steps: if memory runs out, batches are computed in smaller pieces."
+        return [Finding(MEMORY, "prediction", "noted", str(error), "a prediction that fits the device", remedy)]
+
+
+def _predicted(setup: Setup) -> Finding:
     workload = largest_batch(setup)
     recipe = setup.recipe
     steps = recipe.max_steps or recipe.epochs * len(setup.examples) / workload.batch / recipe.accumulation
@@ -46,7 +56,7 @@ def check_memory(setup: Setup) -> list[Finding]:
     share = checkpointed_share(recipe, setup.placement)
     least = model.estimate(workload, checkpointed_share=share)
     is_more_used = recipe.checkpointed_share is None and share > 0
-    return [judge(least, workload, setup.placement.device, is_more_used=is_more_used)]
+    return judge(least, workload, setup.placement.device, is_more_used=is_more_used)
 
 
 def judge(estimate: Estimate, workload: Workload, device: torch.device, *, is_more_used: bool = False) -> Finding:

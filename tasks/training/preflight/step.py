@@ -97,7 +97,7 @@ def preflight(
     on_log = on_log or log.info
     base = find_base_model(recipe.base_model)
     if parent_run:
-        read_run(parent_run, warehouse).check_base(base)
+        read_run(parent_run, warehouse).check_goes_on(recipe, base)
     device = describe_device()
     inputs = {
         "samples": read_manifest(warehouse, snapshot).samples_content,

@@ -112,6 +112,12 @@ def test_answers_belong_to_the_splits_first_samples(squares: Squares, evaluated:
     assert all(prompt.endswith("<|turn>model\n") for prompt in answers["prompt"].to_pylist())
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_or_something_out_is_refused(squares: Squares, recipe: Recipe, limit: int) -> None:
+    with pytest.raises(ValueError, match=f"limit: is {limit}. Write how many prompts to answer, 1 or more"):
+        evaluate(squares[1], recipe, run=None, warehouse=squares[0], limit=limit)
+
+
 def test_the_adapter_is_on(evaluated: tuple[Any, list[str]]) -> None:
     assert "4 prompts for base model and adapter" in evaluated[1]
 

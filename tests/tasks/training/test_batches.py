@@ -145,6 +145,17 @@ def test_a_resumed_training_goes_on_with_the_batch_that_comes_next(
     assert [step["tokens"] for step in again] == [step["tokens"] for step in whole]
 
 
+def test_a_training_whose_last_step_is_saved_takes_no_other(
+    squares: Squares, by_tokens: Recipe, tmp_path: Path
+) -> None:
+    """Killed between its last checkpoint and its adapter, in the middle of an epoch."""
+    constant = by_tokens.model_copy(update={"tokens_per_batch": 256, "scheduler": "constant", "max_steps": 3})
+    whole = trained(squares, constant, tmp_path)
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert trained(squares, constant, tmp_path) == whole
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_uneven_batches_of_a_step_count_by_their_supervised_tokens(
     squares: Squares, by_tokens: Recipe, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, PreTrainedModel, ProcessorMixin
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
@@ -14,13 +15,16 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 from tasks.training import families
 from tasks.training import model as models
 from tasks.training.collate import CompletionCollator
+from tasks.training.dataset import FEATURES
 from tasks.training.experts import bytes_in_nf4, check_fits_in_nf4
 from tasks.training.families import FAMILIES, find_family, parts_of
+from tasks.training.features import with_features
 from tasks.training.recipe import Recipe, RecipeError
 from tasks.training.template import stop_ids
 from tests.tasks.training import tiny_models
 from tests.tasks.training.tiny_models import MODELS, config_of, write
 
+NOT_CACHED = ("qwen3_vl",)  # its language model takes features from inside the vision tower too
 ROOTS = {  # where the makers of each model put its vision tower and projector, read off their source
     "gemma4": ("vision_tower", "embed_vision"),
     "gemma4_unified": (None, "embed_vision"),
@@ -46,13 +50,16 @@ def load(folder: Path, **fields: Any) -> PreTrainedModel:
     return models.load_model(folder, models.place(recipe_for(folder, **fields)))
 
 
+def text_row(question: str, answer: str) -> dict[str, Any]:
+    prompt, completion = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"prompt": [prompt], "completion": [completion]}
+
+
 def batch_of(processor: ProcessorMixin, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Two rows with one and two images, all of different sizes."""
 
     def row(question: str, answer: str, *sizes: tuple[int, int]) -> dict[str, Any]:
-        prompt, completion = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-        images = [Image.new("RGB", size, "red") for size in sizes]
-        return {"prompt": [prompt], "completion": [completion], "images": images}
+        return {**text_row(question, answer), "images": [Image.new("RGB", size, "red") for size in sizes]}
 
     collate = CompletionCollator(processor, completion_only_loss=True, stop_ids=stop_ids(model))
     return collate([row("What?", "A cat.", (40, 60)), row("And in both of these?", "Two dogs.", (90, 30), (64, 64))])
@@ -295,3 +302,22 @@ def test_bounds_that_can_not_be_kept_are_refused(tmp_path: Path, name: str, boun
     write(name, tmp_path)
     with pytest.raises(RecipeError, match=message):
         models.load_processor(tmp_path, recipe_for(tmp_path, max_image_tokens=bound))
+
+
+def test_cached_image_features_give_the_loss_of_the_images(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(folder, cache_vision_features=True)
+    model, processor = load(folder).requires_grad_(False), models.load_processor(folder, recipe)
+    images = [[Image.new("RGB", size, "red")] for size in ((40, 60), (90, 30))]
+    rows = Dataset.from_list(
+        [
+            {**text_row(f"What is it, {at}?", "A cat."), "sample_id": str(at), "images": them}
+            for at, them in enumerate(images)
+        ],
+        features=FEATURES,
+    )
+    collate = CompletionCollator(processor, completion_only_loss=True, stop_ids=stop_ids(model))
+    batch = collate([rows[0], rows[1]])
+    expected = model(**batch).loss.item()
+    cached = with_features(collate, model, rows, recipe, epochs=9, folder=tmp_path)([rows[0], rows[1]])
+    assert ("pixel_values" in cached) == (model.config.model_type in NOT_CACHED)
+    assert model(**cached).loss.item() == pytest.approx(expected, rel=1e-6)

@@ -137,6 +137,38 @@ def test_permission_for_a_rate_does_not_change_the_run(squares: Squares, recipe:
     assert name_of(squares, forbidden) == name_of(squares, recipe)
 
 
+def named(squares: Squares, recipe: Recipe, **change: Any) -> str:
+    return name_of(squares, recipe.model_copy(update=change))
+
+
+def test_sharding_counts_where_it_decides_on_four_bits(squares: Squares, recipe: Recipe) -> None:
+    """On GPUs, auto is 4-bit for a LoRA without sharding, and not for one with ZeRO-3."""
+    four = {"gpus": 2, "accumulation": 2}
+    assert named(squares, recipe, **four, sharding="zero3") != named(squares, recipe, **four)
+    assert named(squares, recipe, **four, sharding="fsdp") == named(squares, recipe, **four)
+    plain = {**four, "quantization": "none"}
+    assert named(squares, recipe, **plain, sharding="zero3") == named(squares, recipe, **plain)
+
+
+def test_gpus_count_where_batches_are_put_together_for_them(squares: Squares, recipe: Recipe) -> None:
+    assert named(squares, recipe, gpus=2) == named(squares, recipe)
+    by_tokens = {"tokens_per_batch": 1024}
+    assert named(squares, recipe, **by_tokens, gpus=2) != named(squares, recipe, **by_tokens)
+
+
+def test_the_order_of_patterns_counts_because_the_first_that_matches_wins(squares: Squares, recipe: Recipe) -> None:
+    patterns = {"q_proj": 8, r"layers\.0\..*q_proj": 2}
+    backwards = dict(reversed(patterns.items()))
+    assert named(squares, recipe, rank_pattern=patterns) != named(squares, recipe, rank_pattern=backwards)
+
+
+def test_fields_without_effect_do_not_change_the_run(squares: Squares, recipe: Recipe) -> None:
+    assert named(squares, recipe, max_steps=8, epochs=2.0) == named(squares, recipe, max_steps=8)
+    full = {"method": "full", "full_parts": ("language",)}
+    assert named(squares, recipe, **full, lora_rank=8, lora_dropout=0.1) == named(squares, recipe, **full)
+    assert named(squares, recipe, **full, quantization="none") == named(squares, recipe, **full)
+
+
 def test_the_steps_between_checkpoints_count_where_one_of_them_is_kept(squares: Squares, recipe: Recipe) -> None:
     often, seldom = ({"save_steps": steps} for steps in (1, 5))
     stopping = recipe.model_copy(update={"early_stop_patience": 2})

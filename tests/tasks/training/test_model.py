@@ -163,6 +163,38 @@ def test_the_adapter_names_its_layers_without_their_numbers(gemma: Path, recipe:
     assert len(pattern.split("|")) == 7
 
 
+def test_a_training_that_starts_from_another_has_its_own_dropout(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
+    placement = models.place(recipe)
+    models.add_lora(models.load_model(gemma, placement), recipe, base_model="m").save_pretrained(str(tmp_path))
+    dropping = recipe.model_copy(update={"lora_dropout": 0.25})
+    model = models.make_trainable(models.load_model(gemma, placement), dropping, parent=tmp_path)
+    shares = {
+        module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and "lora" in name
+    }
+    assert shares == {0.25}
+    assert any(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_four_bit_weights_that_were_evaluated_are_trained_as_before(gemma: Path, recipe: Recipe, dora: bool) -> None:
+    """On some CPUs, bitsandbytes rearranges them for evaluation, and they pass no gradients on from then on."""
+    chosen = recipe.model_copy(update={"quantization": "nf4", "use_dora": dora})
+    ids = torch.tensor([[2, 20, 21, 22, 23]])
+
+    def gradients(*, evaluated: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.add_lora(models.load_model(gemma, models.place(chosen)), chosen, base_model="m")
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    plain, after = gradients(evaluated=False), gradients(evaluated=True)
+    assert len(plain) == len(after) > 0
+    assert all(torch.allclose(one, other) for one, other in zip(plain, after, strict=True))
+
+
 def test_a_pickled_adapter_is_refused_and_not_read(gemma: Path, recipe: Recipe, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str, str]]:

@@ -112,6 +112,12 @@ def test_schedules_warm_up_and_go_on_as_they_are_called(scheduler: str, after_wa
     assert rates == pytest.approx([0.0, 0.5, *after_warmup])
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(0.03, 1), (0.9, 3)])
+def test_a_short_training_does_not_spend_all_its_steps_on_warming_up(warmup: float, steps: int) -> None:
+    arguments = optimization_arguments(Recipe(base_model="m", warmup=warmup), steps=steps)
+    assert arguments["warmup_steps"] == steps - 1
+
+
 def test_paged_8_bit_adamw_holds_its_state_in_bytes_and_trains(squares: Squares, short: Recipe, tmp_path: Path) -> None:
     # bitsandbytes keeps the state of small matrices in 32 bits
     recipe = short.model_copy(update={"optimizer": "paged_adamw_8bit", "lora_rank": 32, "save_steps": 4})
@@ -149,6 +155,20 @@ def test_a_loss_that_stops_falling_ends_the_training_with_the_best_weights(
     assert best_weights.keys() == kept.keys()
     assert all(torch.equal(best_weights[name], kept[name]) for name in kept)
     assert result["validation_loss"] == pytest.approx(loss_by_token(gemma, recipe, tmp_path), rel=1e-5)
+
+
+def test_a_training_that_ended_early_does_not_go_on_when_what_comes_after_it_was_cut(
+    squares: Squares, short: Recipe, tmp_path: Path
+) -> None:
+    wild = {"early_stop_patience": 1, "save_steps": 1, "max_steps": 8, "learning_rate": 0.3, "scheduler": "constant"}
+    recipe = short.model_copy(update={**wild, "warmup": 0.0})
+    result, steps = run_of(squares, recipe, tmp_path)
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    again, repeated = run_of(squares, recipe, tmp_path)
+    assert len(steps) < 8
+    assert repeated == steps
+    assert again["validation_loss"] == result["validation_loss"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def loss_by_token(gemma: Path, recipe: Recipe, folder: Path) -> float:

@@ -84,3 +84,11 @@ def test_workers_cut_smaller_too(method: str, tmp_path: Path) -> None:
 )
 def test_running_out_of_memory_is_told_from_other_errors(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_where_gpus_differ_each_kind_goes_on_with_its_own_pieces(tmp_path: Path) -> None:
+    large, small = (Pieces(tmp_path / "events", device=device) for device in ("large", "small"))
+    for _ in range(2):
+        small.double(step=1, samples=4)
+    large.double(step=2, samples=8)
+    assert [Pieces(tmp_path / "events", device=device).count for device in ("large", "small")] == [2, 4]

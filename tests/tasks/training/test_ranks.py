@@ -129,6 +129,10 @@ def test_a_group_of_which_one_asks_for_it_starts_again(tmp_path: Path) -> None:
     ]
 
 
+def test_who_asks_for_it_uses_up_no_restart(tmp_path: Path) -> None:
+    assert run_child("asks", {}, folder=tmp_path, on_log=silent, processes=2, restarts=0) == {"tried": 1}
+
+
 def test_restarts_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(ChildFailed, match="rank 1 was killed by SIGKILL"):
         run_child("dies_twice", {}, folder=tmp_path, on_log=silent, processes=2, restarts=1)

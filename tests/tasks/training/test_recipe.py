@@ -54,6 +54,13 @@ def test_overrides_take_the_place_of_the_file(tmp_path: Path) -> None:
         (FULL + "use_dora: true\n", "use_dora: has no effect with method: full"),
         (FULL + "rank_pattern: {q_proj: 8}\n", "rank_pattern: has no effect with method: full"),
         ("base_model: m\nrank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj: Input should be greater than"),
+        ("base_model: m\nlora_targets: (q\n", "lora_targets: '(q' is not a regular expression"),
+        ("base_model: m\nrank_pattern: {'[q': 8}\n", "rank_pattern: '[q' is not a regular expression"),
+        (
+            "base_model: m\nfull_parts: [projector]\ncache_vision_features: true\n",
+            "cache_vision_features: projector is trained",
+        ),
+        ("base_model: m\ngpus: 2\ncache_vision_features: true\n", "cache_vision_features: 2 gpus compute images anew"),
         ("base_model: m\nearly_stop_patience: 0\n", "early_stop_patience: Input should be greater than"),
         ("base_model: [\n", "not YAML"),
     ],

@@ -94,3 +94,24 @@ def test_nearly_always_the_same_answer_is_noted(setup_of: Make) -> None:
 
 def test_a_single_row_is_no_constant(setup_of: Make) -> None:
     assert found(setup_of([row("only", "red")]))["answers"].status == "noted"
+
+
+def test_a_sample_longer_than_a_batch_fails_before_a_model_is_trained(shared_setup: Setup) -> None:
+    def batches(tokens: int) -> Finding:
+        return found(replace(shared_setup, recipe=shared_setup.recipe.model_copy(update={"tokens_per_batch": tokens})))[
+            "batches"
+        ]
+
+    assert batches(4096).status == "ok"
+    assert batches(64).status == "failed"
+    assert "Write at least that many" in batches(64).measured
+
+
+def test_rows_that_can_not_be_counted_make_no_batches_of_tokens(
+    shared_setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(shared_setup.processor), "_get_num_multimodal_tokens", None)
+    by_tokens = shared_setup.recipe.model_copy(update={"tokens_per_batch": 4096})
+    findings = found(replace(shared_setup, recipe=by_tokens))
+    assert (findings["length"].status, findings["batches"].status) == ("noted", "failed")
+    assert "Leave tokens_per_batch empty" in findings["batches"].measured

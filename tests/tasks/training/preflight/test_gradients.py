@@ -87,3 +87,19 @@ def test_what_does_not_fit_without_checkpointing_is_noted(
 
     monkeypatch.setattr("tasks.training.preflight.gradients._gradients", full)
     assert [finding.status for finding in check_gradients(shared_setup)] == ["noted"]
+
+
+def test_gradients_that_are_nothing_but_rounding_are_no_difference(own_setup: Make) -> None:
+    setup = own_setup()
+    noise = torch.Generator().manual_seed(3)
+    weight = next(weight for weight in setup.model.parameters() if weight.requires_grad)
+    weight.register_hook(lambda gradient: torch.randn(gradient.shape, generator=noise) * 1e-9)
+    assert [finding.status for finding in check_gradients(setup)] == ["ok"]
+
+
+def test_attention_that_is_dropped_is_dropped_alike_both_times(own_setup: Make) -> None:
+    setup = own_setup()
+    for module in setup.base.get_decoder().modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    assert [finding.status for finding in check_gradients(setup)] == ["ok"]

@@ -1,6 +1,7 @@
 """LoRA on the vision tower, a tower in 4 bits, clipping gone around LoRA: each fails; plain counts judge the table."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMultimodalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tasks.training import model as models
+from tasks.training.full import train_in_full
+from tasks.training.model import Placement
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.layers import check_quantization, check_targets
 from tasks.training.preflight.modules import OTHER, module_table
 from tasks.training.preflight.setup import Setup
+from tasks.training.recipe import Recipe
+from tests.tasks.training.tiny_models import write
 
 Make = Callable[..., Setup]
 
@@ -153,3 +158,13 @@ def test_clipping_that_lora_goes_around_fails(clipping: PreTrainedModel, own_set
     found = by_subject(check_targets(setup))
     assert found["clipping"].status == "failed"
     assert "bypassed in 3 (q_proj)" in found["clipping"].measured
+
+
+def test_a_language_model_in_full_is_trained_with_its_head(own_setup: Make, tmp_path: Path) -> None:
+    """LLaVA, Qwen-VL and SmolVLM have a head of its own weights, which `method: full` trains too."""
+    base = models.load_model(write("llava clip llama", tmp_path), Placement(torch.device("cpu"), torch.float32, False))
+    full = {"method": "full", "full_parts": ("language",)}
+    setup = own_setup(lambda base: train_in_full(base, Recipe(base_model="m", **full)), base=base, **full)
+    found = by_subject(check_targets(setup))
+    assert {finding.status for finding in found.values()} == {"ok"}
+    assert "0.02 M of 0.02 M own weights trained" in found["head"].measured

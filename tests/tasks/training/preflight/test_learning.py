@@ -98,6 +98,11 @@ def test_a_learning_rate_of_nothing_fails(own_setup: Make) -> None:
     assert "learning rate" in found["overfitting 8 samples"].remedy
 
 
+def test_each_part_learns_at_its_own_rate(own_setup: Make) -> None:
+    found = check_learning(own_setup(learning_rate=1e-12, learning_rates={"language": 1e-3}))
+    assert [finding.status for finding in found] == ["ok", "ok"]
+
+
 @pytest.mark.usefixtures("one_step")
 def test_an_adapter_that_changes_nothing_fails(own_setup: Make) -> None:
     setup = own_setup()

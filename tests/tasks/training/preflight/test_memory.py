@@ -102,3 +102,10 @@ def test_a_training_is_judged_by_its_longest_rows(shared_setup: Setup, own_setup
     assert finding.status == "ok"
     budget = replace(shared_setup, recipe=shared_setup.recipe.model_copy(update={"tokens_per_batch": 3 * max(rows)}))
     assert largest_batch(budget).batch == 3
+
+
+def test_what_can_not_be_predicted_stops_no_training(shared_setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(shared_setup.processor), "_get_num_multimodal_tokens", None)
+    [finding] = check_memory(replace(shared_setup))
+    assert (finding.check, finding.status) == ("memory", "noted")
+    assert "does not say how many tokens an image becomes" in finding.measured

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storage.catalog import connect
-from storage.refs import Outcome, PreflightRef, SnapshotRef
+from storage.refs import Outcome, PreflightRef, RunRef, SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.training import model as models
 from tasks.training.dataset import write_examples
@@ -18,7 +18,7 @@ from tasks.training.preflight.child import run_checks
 from tasks.training.preflight.finding import Finding
 from tasks.training.preflight.setup import Setup
 from tasks.training.preflight.step import PreflightFailed, preflight
-from tasks.training.recipe import Recipe
+from tasks.training.recipe import Recipe, RecipeError
 from tests.tasks.squares import publish
 
 Squares = tuple[Warehouse, SnapshotRef]
@@ -139,6 +139,15 @@ def test_a_model_that_can_not_be_loaded_as_asked_is_a_finding_too(
         preflight(published[1], recipe.model_copy(update={"base_model": str(broken)}), warehouse=published[0])
     [row] = [r for r in published[0].read_table(caught.value.ref.table).to_pylist() if r["status"] == "failed"]
     assert row["check"] == "loading"
+
+
+def test_a_parent_run_that_does_not_fit_is_refused_before_a_model_is_loaded(
+    squares: Squares, trained: tuple[RunRef, list[str]], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "run_child", pytest.fail)
+    wider = recipe.model_copy(update={"lora_rank": 16})
+    with pytest.raises(RecipeError, match=r"lora_rank: is 16, but the adapter of the parent run"):
+        preflight(squares[1], wider, warehouse=squares[0], parent_run=trained[0])
 
 
 def test_a_model_that_only_several_gpus_hold_is_checked_without_weights(
