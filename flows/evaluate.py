@@ -1,6 +1,6 @@
 """Evaluate: let a model, with or without a run's adapter, answer the held-out prompts of a snapshot."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
