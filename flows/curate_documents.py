@@ -207,6 +207,8 @@ def announce(snapshot: SnapshotRef, images: DecisionsRef, *, warehouse: Warehous
     funnels = dict(read_manifest(warehouse, snapshot).funnel)
     record = read_record(warehouse, images.record)
     funnels["images"] = record.result if record else {}
+    of_documents = Funnel.from_dict(funnels["documents"])
+    get_run_logger().info("%s: kept %d of %d documents", snapshot, of_documents.kept, of_documents.samples)
     tables = [funnel_markdown(Funnel.from_dict(funnels[what]), what) for what in ("documents", "texts", "images")]
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),
