@@ -36,7 +36,7 @@ from tasks.curation.interleaved.texts import measure_whole, read_texts, text_col
 from tasks.curation.judge import failed_names
 from tasks.curation.signals.contract import Signal
 
-VERSION = 1
+VERSION = 2
 
 
 def decide_documents(
