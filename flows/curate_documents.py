@@ -218,6 +218,8 @@ def compare_all(documents: DocumentsRef, clip: Clip | None, *, warehouse: Wareho
 def announce(snapshot: SnapshotRef, page: str, *, warehouse: Warehouse) -> None:
     """Publish the funnels of documents, texts and images, what changed and a link to the report as artifacts."""
     funnels = read_manifest(warehouse, snapshot).funnel
+    of_documents = Funnel.from_dict(funnels["documents"])
+    get_run_logger().info("%s: kept %d of %d documents", snapshot, of_documents.kept, of_documents.samples)
     tables = [funnel_markdown(Funnel.from_dict(funnels[what]), what) for what in ("documents", "texts", "images")]
     create_markdown_artifact(
         key=artifact_key("funnel", snapshot.dataset),

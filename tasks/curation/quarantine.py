@@ -14,10 +14,15 @@ MAX_DETAIL_CHARACTERS = 500
 
 
 def quarantine_reasons(warehouse: Warehouse, pool: str) -> str:
-    """Return the reasons in a pool's quarantine with their counts, the most frequent first; empty if it is empty."""
+    """Return the reasons in a pool's quarantine with their counts, the most frequent first; empty if it is empty.
+
+    A source that was ingested from two places counts once.
+    """
     paths = [f"quarantine/{pool}/{name}" for name in warehouse.names(f"quarantine/{pool}")]
-    reasons = warehouse.read_tables(paths, QUARANTINE, ["reason"])["reason"].to_pylist()
-    return ", ".join(f"{reason} ({count})" for reason, count in Counter(reasons).most_common())
+    rows = warehouse.read_tables(paths, QUARANTINE, ["source", "reason", "digest"]).to_pylist()
+    faults = {(row["source"]["member"], row["reason"], row["digest"]) for row in rows}
+    reasons = Counter(sorted(reason for _, reason, _ in faults))
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
 
 
 def quarantine_row(fault: Fault, path: str) -> dict[str, Any]:

@@ -13,18 +13,23 @@ from storage.catalog import connect
 from storage.snapshot import find_snapshot
 from storage.warehouse import Warehouse
 from tasks.curation.sample_truth import FILTERS, SampleTruth
-from tests.system.processes import Server
+from tests.system.processes import Server, wait_until
 
 
-def deployed_runs(server: Server) -> list[dict[str, Any]]:
-    """All flow runs of deployments, oldest first."""
+def all_runs(server: Server) -> list[dict[str, Any]]:
+    """All flow runs, oldest first."""
     request = urllib.request.Request(
         f"{server.url}/api/flow_runs/filter", data=b'{"sort": "EXPECTED_START_TIME_ASC"}', method="POST"
     )
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=30) as answer:
-        runs = [run for run in json.load(answer) if run["deployment_id"] and run["state_name"] != "Scheduled"]
+        runs: list[dict[str, Any]] = json.load(answer)
     return runs
+
+
+def deployed_runs(server: Server) -> list[dict[str, Any]]:
+    """All flow runs of deployments that are due, oldest first."""
+    return [run for run in all_runs(server) if run["deployment_id"] and run["state_name"] != "Scheduled"]
 
 
 def wait_for_triggered(server: Server) -> dict[str, Any]:
@@ -36,6 +41,11 @@ def wait_for_triggered(server: Server) -> dict[str, Any]:
             return runs[0]
         assert time.monotonic() < deadline, f"no flow run was started by an event, or it did not end: {runs}"
         time.sleep(1)
+
+
+@pytest.mark.system
+def test_the_nightly_curation_is_planned(worker: Server) -> None:
+    wait_until(lambda: any(run["auto_scheduled"] for run in all_runs(worker)), seconds=120)
 
 
 @pytest.mark.system

@@ -13,7 +13,7 @@ class SourceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Format | Literal["auto"] = Field(
+    format: Literal["auto", Format] = Field(
         default="auto", description="Told by the files' names if auto; huggingface also takes a dataset's name."
     )
     image_column: str | None = Field(

@@ -545,5 +545,7 @@ def test_reasons_in_quarantine_are_counted(tmp_path: Path) -> None:
         (tmp_path / "source" / f"{name}.jpg").write_bytes(data)
         (tmp_path / "source" / f"{name}.txt").write_text("a caption")
     ingest(str(tmp_path / "source"), pool="pets", warehouse=warehouse)
+    shutil.copytree(tmp_path / "source", tmp_path / "copy")
+    ingest(str(tmp_path / "copy"), pool="pets", warehouse=warehouse)
     assert quarantine_reasons(warehouse, "pets") == "not_an_image (2), empty (1)"
     assert quarantine_reasons(warehouse, "cats") == ""
