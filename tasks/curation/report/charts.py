@@ -46,7 +46,7 @@ def histogram(name: str, values: NDArray[np.float64], kept: NDArray[np.bool_], l
     axes.tick_params(colors=TEXT, labelsize=8)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="y", nbins=4, integer=True)
     for place, side in axes.spines.items():
         side.set_visible(place == "bottom")
         side.set_color(TEXT)

@@ -30,7 +30,10 @@ MAX_TEXT = 240
 
 @dataclass(frozen=True)
 class Segment:
-    """A text or image; `image` is a data URL, None if there is nothing to show; `reasons` why it was left out."""
+    """A text or image; `reasons` say why it was left out.
+
+    `text` is that which an image is assigned to, if it is; `image` a data URL, None if there is nothing to show.
+    """
 
     text: str
     image: str | None
@@ -150,7 +153,10 @@ def _documents(measured: MeasuredDocuments, wanted: Collection[int], warehouse: 
         }
         nodes: dict[str, list[dict[str, Any]]] = {name: [] for name in segments}
         for node in _only(warehouse.read_table(measured.nodes[at]), ids):
-            nodes[node["document_id"]].append(node | segments[node["document_id"]][node["position"]])
+            own = segments[node["document_id"]]
+            at_text = node["position"] if node["text_position"] is None else node["text_position"]
+            said = {"reason": own[node["position"]]["reason"], "text": own[at_text]["text"]}
+            nodes[node["document_id"]].append(node | said)
         parts = {name: _parted(own) for name, own in nodes.items()}
         shown = [node for staying, left in parts.values() for node in (*staying[:SEGMENTS], *left[:LEFT_OUT])]
         images = _images(shard, [node["sample_id"] for node in shown if node["sample_id"]], warehouse)
