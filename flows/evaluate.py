@@ -17,6 +17,10 @@ from tasks.evaluation import generate as generating
 from tasks.training.recipe import Recipe, load_recipe
 
 
+Limit = Annotated[int, Field(ge=1)]
+"""How many prompts to answer."""
+
+
 @flow(name="evaluate")
 def evaluate(
     dataset: Name,
@@ -25,7 +29,7 @@ def evaluate(
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
     split: Literal["train", "validation", "test"] = "test",
-    limit: Annotated[int, Field(ge=1)] | None = None,
+    limit: Limit | None = None,
     warehouse: str = "warehouse",
 ) -> EvaluationRef:
     """Measure exact match on held-out samples, with a 95 % interval.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from prefect import flow
 
 from flows.curate import curate
-from flows.evaluate import evaluate
+from flows.evaluate import Limit, evaluate
 from flows.merge import merge
 from flows.steps import Name
 from flows.train import RecipeChanges, train
@@ -34,7 +34,7 @@ def pipeline(
     signals: SignalSettings = SignalSettings(),
     recipe: str = "deployments/recipes/qlora.yaml",
     changes: RecipeChanges = RecipeChanges(),
-    limit: int | None = None,
+    limit: Limit | None = None,
     warehouse: str = "warehouse",
 ) -> PipelineResult:
     """From a source of image-caption pairs to a merged model, every step cached.
