@@ -16,7 +16,6 @@ from storage.warehouse import Warehouse
 from tasks.evaluation import generate as generating
 from tasks.training.recipe import Recipe, load_recipe
 
-
 Limit = Annotated[int, Field(ge=1)]
 """How many prompts to answer."""
 
