@@ -158,7 +158,7 @@ def _keep_in_place(model: PreTrainedModel) -> None:
     """
     for module in linear_names(model).values():
         if is_four_bit(module):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def load_skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

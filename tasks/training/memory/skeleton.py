@@ -252,8 +252,9 @@ def _skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
-    """The layers that a tower or decoder is a stack of."""
-    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    """The layers that a tower or decoder is a stack of; of those trained in full beside LoRA, the copies that run."""
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    return [layer for name, layer in layers.items() if "original_module" not in name.split(".")]
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:

@@ -176,3 +176,15 @@ def test_templates_are_found_as_files() -> None:
         "gemma4_release.jinja",
         "llava.jinja",
     }
+
+
+def test_what_the_assistant_says_begins_where_a_prompt_for_it_ends() -> None:
+    """LLaVA's prompt ends with a colon, so the blank behind it is the answer's."""
+    processor: Any = MODELS["llava clip llama"]()[0]
+    template = (TEMPLATES / "llava.jinja").read_text()
+    options = {"chat_template": template, "tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = processor.tokenizer.apply_chat_template(CHATS["no image"], **options)
+    before = [token for token, is_said in zip(batch["input_ids"], batch["assistant_masks"], strict=True) if not is_said]
+    prompt = render(processor, CHATS["no image"][:1], template, add_generation_prompt=True)
+    assert processor.tokenizer.decode(before).rstrip() == prompt
+    assert processor.tokenizer.decode(before)[len(prompt) :] == " "  # what stands behind the answer's stop token

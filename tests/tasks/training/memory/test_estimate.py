@@ -12,6 +12,7 @@ from tasks.training.memory.rehearsal import Allocations
 from tasks.training.memory.skeleton import skeleton_of
 from tasks.training.recipe import Recipe
 from tests.tasks.training.memory.shapes import GIB, gemma_31b, gemma_e2b, gemma_e4b
+from tests.tasks.training.tiny_models import MODELS
 
 QLORA = Recipe(base_model="m", quantization="nf4", lora_dropout=0.0, accumulation=1)
 
@@ -126,3 +127,16 @@ def test_layers_that_are_computed_again_are_spread_evenly(small: MemoryModel) ->
     assert checkpointed_layers(layers, 0.5) == {1, 3, 5}
     assert checkpointed_layers(layers, 1.0) == {0, 1, 2, 3, 4, 5}
     assert checkpointed_layers(layers, 0.0) == set()
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-vl", "gemma4 dense", "llava clip llama"])
+def test_a_vision_tower_in_full_beside_lora_counts_as_one_in_full_alone(model: str) -> None:
+    config, size = MODELS[model]()[1], {"batch": 2, "sample_tokens": 256, "image_tokens": 70}
+    beside = Recipe(base_model="m", lora_rank=1, full_parts=("vision", "projector"), quantization="none")
+    alone = Recipe(base_model="m", method="full", full_parts=("vision", "projector"))
+    layers = [
+        MemoryModel(skeleton_of(config, recipe), recipe)._rehearse(Workload(2, 256, 1, 70)).layers
+        for recipe in (beside, alone)
+    ]
+    assert [sum(layer.vision for layer in stack) for stack in layers] == [2, 2]
+    assert estimate(config, beside, **size).peak_bytes > estimate(config, alone, **size).peak_bytes
