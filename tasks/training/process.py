@@ -195,6 +195,7 @@ def _leave(status: int) -> NoReturn:
 
 def _stop_now(*_: object) -> None:
     """What SIGTERM does in a child that does not handle it otherwise."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once more, it would not get to say that it stopped
     raise Stopped("stopped; run it again to go on")
 
 
