@@ -21,6 +21,7 @@ from tasks.curation.sources.contract import Format, Row, SourceFile
 from tasks.curation.sources.files import image_is_there
 from tasks.curation.sources.find import find_source_files
 from tasks.curation.sources.read import read_rows
+from tasks.curation.sources.text import valid_text
 
 VERSION = 1
 SHARD_SAMPLES = 1_000
@@ -43,7 +44,7 @@ class IngestedFile:
     quarantined: int
 
     def __str__(self) -> str:
-        name = PurePosixPath(self.uri).name
+        name = valid_text(PurePosixPath(self.uri).name)  # a log may refuse a file name that is not UTF-8
         return f"{name}: {self.samples} new samples, {self.known} known, {self.quarantined} in quarantine"
 
 

@@ -26,7 +26,7 @@ from storage.pool import read_pool
 from storage.refs import Outcome, PoolRef
 from storage.warehouse import Warehouse, WarehouseError
 from tasks.curation import ingest as module
-from tasks.curation.ingest import find_source_files, ingest, ingest_file
+from tasks.curation.ingest import IngestedFile, find_source_files, ingest, ingest_file
 from tasks.curation.pool_writer import sample_id
 from tasks.curation.quarantine import quarantine_reasons
 from tasks.curation.sources.contract import Reason, SourceError
@@ -496,6 +496,11 @@ def test_after_kills_at_random_moments_the_next_run_makes_what_an_undisturbed_on
         assert objects(warehouse).items() <= objects(undisturbed).items()
     ingest(str(source), pool="p", warehouse=warehouse, shard_samples=7)
     assert objects(warehouse) == objects(undisturbed)
+
+
+def test_what_became_of_a_file_can_be_logged_whatever_its_name_is() -> None:
+    said = str(IngestedFile("/data/\udcff.tar", (), samples=3, known=2, quarantined=1))
+    assert said.encode().startswith(rb"\udcff.tar: 3 new samples, 2 known, 1 in quarantine")
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
