@@ -44,7 +44,8 @@ def test_what_policies_share_is_evaluated_once_and_what_differs_by_a_value_apart
 
 def test_one_and_one_point_nought_are_two_values():
     schema = pa.schema([("width", pa.int32())])
-    whole, decimal = (POLICY.with_parameters({"least": value}).check(schema) for value in (1, 1.0))
+    policies = [POLICY.model_copy(update={"parameters": {"least": value}}) for value in (1, 1.0)]
+    whole, decimal = (policy.check(schema) for policy in policies)
     assert bind(whole, whole.conditions)[0] != bind(decimal, decimal.conditions)[0]
     assert bind(whole, whole.conditions)[1] == bind(decimal, decimal.conditions)[1]
 

@@ -15,6 +15,7 @@ from tasks.curation.columns import EvidenceError
 from tasks.curation.conditions import PolicyError
 from tasks.curation.decide import decide
 from tasks.curation.interleaved.decide import decide_documents
+from tasks.curation.interleaved.difference import document_difference
 from tasks.curation.interleaved.ingest import ingest_documents
 from tasks.curation.interleaved.publish import Judged, publish_documents
 from tasks.curation.pairs.exact import find_exact_pairs
@@ -193,6 +194,7 @@ def test_the_catalog_and_expiry_know_documents(warehouse: Warehouse, source: Pat
         assert catalog.execute("SELECT samples, kept FROM snapshots ORDER BY snapshot").fetchall() == [(2, 2), (2, 1)]
         assert catalog.execute("SELECT count(*) FROM curated").fetchall() == [(0,)]
     files = read_manifest(warehouse, latest).files
+    document_difference(latest, warehouse=warehouse)
     expired = expire(warehouse, "set", keep=1)
     assert expired.snapshots == (1,)
     assert expired.files

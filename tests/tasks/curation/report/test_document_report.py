@@ -11,6 +11,7 @@ from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
 from tasks.curation.decide import decide
 from tasks.curation.interleaved.decide import decide_documents
+from tasks.curation.interleaved.difference import document_difference
 from tasks.curation.interleaved.ingest import ingest_documents
 from tasks.curation.interleaved.publish import Judged, publish_documents
 from tasks.curation.pairs.exact import find_exact_pairs
@@ -198,6 +199,7 @@ def test_a_report_is_written_once_comes_out_the_same_and_goes_with_its_snapshot(
     warehouse.remove(first.report)
     assert report(warehouse, first) == html
     second = curate(warehouse, source, texts={})
+    document_difference(second, warehouse=warehouse)
     warehouse.create_bytes(second.report, b"")
     expire(warehouse, "set", keep=1)
     assert [warehouse.exists(snapshot.report) for snapshot in (first, second)] == [False, True]
