@@ -53,17 +53,6 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 
 
-@pytest.fixture
-def warehouse(tmp_path: Path) -> Warehouse:
-    return Warehouse(str(tmp_path / "warehouse"))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    (tmp_path / "source").mkdir()
-    return tmp_path / "source"
-
-
 def samples(warehouse: Warehouse, pool: str = "p") -> list[dict[str, Any]]:
     paths = [shard.path for shard in read_pool(warehouse, pool).shards]
     rows: list[dict[str, Any]] = warehouse.read_tables(paths, schema.SAMPLES).to_pylist()

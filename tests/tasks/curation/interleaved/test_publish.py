@@ -13,14 +13,10 @@ from storage.snapshot import read_manifest
 from storage.warehouse import Warehouse
 from tasks.curation.columns import EvidenceError
 from tasks.curation.conditions import PolicyError
-from tasks.curation.decide import decide
-from tasks.curation.interleaved.decide import decide_documents
 from tasks.curation.interleaved.difference import document_difference
-from tasks.curation.interleaved.ingest import ingest_documents
 from tasks.curation.interleaved.publish import Judged, publish_documents
-from tasks.curation.pairs.exact import find_exact_pairs
-from tests.tasks.curation.interleaved.chain import Tables, judge, publish, published
-from tests.tasks.curation.interleaved.handmade import document, policy, run, write
+from tests.tasks.curation.interleaved.chain import Tables, publish, published
+from tests.tasks.curation.interleaved.handmade import document, policy, run, run_by_bytes, write
 
 
 def test_a_published_document_has_its_original_images_and_texts_in_order(warehouse: Warehouse, source: Path) -> None:
@@ -98,14 +94,7 @@ def test_a_value_that_a_condition_can_not_handle_is_named(warehouse: Warehouse, 
 
 def test_duplicate_images_stay_in_one_document_only(warehouse: Warehouse, source: Path) -> None:
     write(source, document("k", "one", "a.jpg"), document("l", "two", "a.jpg", "b.jpg"))
-    rules = policy(images={"duplicates": {"same": ["bytes"]}, "prefer": ["key asc"]})
-    documents = ingest_documents(str(source), pool="p", warehouse=warehouse).ref
-    judged = judge(warehouse, documents, policy(), measure=("size", "caption", "exact"))
-    exact = next(signal for signal in judged.signals if signal.signal == "exact")
-    pairs = [find_exact_pairs(documents.images, exact, column="bytes_hash", warehouse=warehouse).ref]
-    images = decide(documents.images, rules.image_policy, judged.signals, pairs, warehouse=warehouse).ref
-    ref = decide_documents(documents, rules, images, judged.signals, judged.texts, warehouse=warehouse).ref
-    judged = Judged(documents, rules, images, judged.signals, judged.texts, ref)
+    judged, _ = run_by_bytes(warehouse, source)
     nodes = [node for rows in Tables.read(warehouse, judged).nodes.values() for node in rows if node["kind"] == "image"]
     assert sum(node["kept"] for node in nodes) == 2
     (copy,) = (node for node in nodes if not node["kept"])

@@ -9,17 +9,13 @@ import pytest
 from storage.expire import expire
 from storage.refs import SnapshotRef
 from storage.warehouse import Warehouse
-from tasks.curation.decide import decide
-from tasks.curation.interleaved.decide import decide_documents
 from tasks.curation.interleaved.difference import document_difference
-from tasks.curation.interleaved.ingest import ingest_documents
-from tasks.curation.interleaved.publish import Judged, publish_documents
-from tasks.curation.pairs.exact import find_exact_pairs
+from tasks.curation.interleaved.publish import publish_documents
 from tasks.curation.report import write_report
 from tasks.curation.report.pictures import thumbnail
 from tests.tasks.curation.images import encoded, photograph
-from tests.tasks.curation.interleaved.chain import judge, publish
-from tests.tasks.curation.interleaved.handmade import document, policy, run, write
+from tests.tasks.curation.interleaved.chain import publish
+from tests.tasks.curation.interleaved.handmade import document, run, run_by_bytes, write
 from tests.tasks.curation.report.page import Page
 
 RULES: dict[str, Any] = {
@@ -30,17 +26,6 @@ RULES: dict[str, Any] = {
     "prefer": ["caption_chars desc"],
 }
 HOSTILE = "</figure><script>alert(1)</script><img src=x onerror='alert(2)'>\u202e\0{{ 7 * 7 }}"
-
-
-@pytest.fixture
-def warehouse(tmp_path: Path) -> Warehouse:
-    return Warehouse(str(tmp_path / "warehouse"))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    (tmp_path / "source").mkdir()
-    return tmp_path / "source"
 
 
 def curate(warehouse: Warehouse, source: Path, **content: Any) -> SnapshotRef:
@@ -151,14 +136,7 @@ def test_a_first_snapshot_has_nothing_to_compare_with(page: str) -> None:
 
 def test_duplicate_images_are_shown_beside_their_survivor(warehouse: Warehouse, source: Path) -> None:
     write(source, document("k", "one", "a.jpg"), document("l", "two", "a.jpg", "b.jpg"))
-    rules = policy(images={"duplicates": {"same": ["bytes"]}, "prefer": ["key asc"]})
-    documents = ingest_documents(str(source), pool="p", warehouse=warehouse).ref
-    judged = judge(warehouse, documents, policy(), measure=("size", "caption", "exact"))
-    exact = next(signal for signal in judged.signals if signal.signal == "exact")
-    pairs = [find_exact_pairs(documents.images, exact, column="bytes_hash", warehouse=warehouse).ref]
-    images = decide(documents.images, rules.image_policy, judged.signals, pairs, warehouse=warehouse).ref
-    ref = decide_documents(documents, rules, images, judged.signals, judged.texts, warehouse=warehouse).ref
-    judged = Judged(documents, rules, images, judged.signals, judged.texts, ref)
+    judged, pairs = run_by_bytes(warehouse, source)
     html = report(warehouse, publish_documents("set", judged, pairs, warehouse=warehouse).ref)
     assert re.search(r"1 stands back for one survivor [kl], segment 1 same [kl], segment 1", section(html, "images"))
 
