@@ -4,8 +4,6 @@ Everything is offline: the sample is drawn here, and the two small models it nee
 """
 
 import argparse
-import atexit
-import os
 import sys
 import time
 from pathlib import Path
@@ -175,7 +173,3 @@ def say(line: str) -> None:
 
 if __name__ == "__main__":
     main()
-    # Prefect's threads outlive the interpreter's end and make duckdb print a page of leak warnings: leave before it.
-    sys.stdout.flush()
-    atexit._run_exitfuncs()
-    os._exit(0)
